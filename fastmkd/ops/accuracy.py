@@ -1,0 +1,61 @@
+"""When a result is right: no further from float64 than twice what PyTorch itself is in the same dtype.
+
+The rule needs no tolerance chosen by hand: a kernel that rounds as PyTorch does passes at every size, one that loses
+digits fails at every size. The floor covers samples on which PyTorch happens to be exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLOOR_EPS", "Verdict", "judge", "upcast"]
+
+FLOOR_EPS = 4  # the floor, in units in the last place of the largest reference value
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of a comparison: errors are largest absolute differences to the float64 reference."""
+
+    ok: bool
+    error: float
+    allowed: float
+    detail: str = ""
+
+
+def upcast(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arguments with every floating-point tensor in float64."""
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def judge(out: Tensor, exact: Tensor, plain: Tensor) -> Verdict:
+    """Compares a backend's output with the float64 reference, allowing twice plain PyTorch's own error.
+
+    Args:
+        out: what the backend returned.
+        exact: the reference on float64 inputs.
+        plain: the reference on the inputs in their own dtype.
+
+    Returns:
+        A `Verdict`; integer outputs must be equal, NaN is never right.
+
+    Example:
+        >>> x = torch.linspace(0, 1, 5)
+        >>> judge(x + 1e-3, x.double(), x).ok
+        False
+    """
+    if out.shape != plain.shape or out.dtype != plain.dtype:
+        return Verdict(False, float("nan"), 0.0, f"{out.dtype} {tuple(out.shape)}, not {plain.dtype} {tuple(plain.shape)}")
+    if not out.is_floating_point():
+        wrong = int((out != plain).sum())
+        return Verdict(wrong == 0, float(wrong), 0.0, f"{wrong} of {out.numel()} entries differ" if wrong else "")
+    if out.numel() == 0:
+        return Verdict(True, 0.0, 0.0)
+    error = float((out.double() - exact).abs().max())
+    scale = float(exact.abs().max())
+    allowed = 2 * float((plain.double() - exact).abs().max()) + FLOOR_EPS * torch.finfo(out.dtype).eps * scale
+    return Verdict(error <= allowed, error, allowed)  # a NaN compares False

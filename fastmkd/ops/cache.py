@@ -1,0 +1,117 @@
+"""What is known about a device: shipped tables, and verdicts and choices found here and kept on disk.
+
+The cache is one JSON file a device under ``$FASTMKD_CACHE`` (default ``~/.cache/fastmkd``). It is written atomically and
+read once; a file that cannot be read or written is ignored, since everything in it can be found again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["choices", "device_name", "load", "remember", "replace", "snapshot", "table", "verdict"]
+
+_TABLES = Path(__file__).parent / "tables"
+_known: dict[str, dict[str, Any]] = {}
+
+
+@lru_cache(maxsize=64)
+def device_name(device: torch.device) -> str:
+    """Name of the device model as used in file names: ``"cpu"``, ``"nvidia-h200"``."""
+    if device.type != "cuda":
+        return device.type
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+@lru_cache(maxsize=16)
+def table(device: str) -> dict[str, Any]:
+    """The table shipped for a device: ``{"<op>/<dtype>/<size class>" or "<op>": backend}``; empty when there is none."""
+    path = _TABLES / f"{device}.json"
+    return dict(json.loads(path.read_text())["choices"]) if path.is_file() else {}
+
+
+@lru_cache(maxsize=16)
+def verified(device: str) -> frozenset[str]:
+    """The ``"<op>/<backend>"`` pairs that a committed record proves right on this device model."""
+    path = _TABLES / f"{device}.json"
+    return frozenset(json.loads(path.read_text()).get("verified", ())) if path.is_file() else frozenset()
+
+
+def choices(device: str) -> dict[str, Any]:
+    """The choices measured on this machine for a device."""
+    return dict(_state(device)["choices"])
+
+
+def verdict(device: str, pair: str) -> bool | None:
+    """What the first use of ``"<op>/<backend>"`` on this device found: right, wrong, or not tried yet (None)."""
+    found = _state(device)["verdicts"].get(pair)
+    return None if found is None else bool(found)
+
+
+def remember(device: str, key: str, value: str | bool) -> None:
+    """Keeps a choice (a backend's name) or a verdict (a bool), in memory and on disk."""
+    _state(device)["verdicts" if isinstance(value, bool) else "choices"][key] = value
+    _write(device)
+
+
+def load(device: torch.device) -> None:
+    """Reads the cache of a device from disk if it was not read yet."""
+    _state(device_name(device))
+
+
+def snapshot(device: torch.device) -> dict[str, Any]:
+    """All that is known here about a device, as plain JSON data."""
+    return _state(device_name(device))
+
+
+def replace(device: torch.device, state: dict[str, Any]) -> None:
+    """Takes over what another process knows; does not touch the disk."""
+    _known[device_name(device)] = state
+
+
+def _state(device: str) -> dict[str, Any]:
+    if device not in _known:
+        _known[device] = _read(device)
+    return _known[device]
+
+
+def _path(device: str) -> Path:
+    root = os.environ.get("FASTMKD_CACHE") or Path.home() / ".cache" / "fastmkd"
+    triton = "none"
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        pass
+    from .. import __version__
+
+    # A new compiler may be right where an old one was wrong, or the other way round: each combination has its own file.
+    return Path(root) / f"{device}_fastmkd-{__version__}_torch-{torch.__version__}_triton-{triton}.json"
+
+
+def _read(device: str) -> dict[str, Any]:
+    empty: dict[str, Any] = {"choices": {}, "verdicts": {}}
+    try:
+        state = json.loads(_path(device).read_text())
+    except (OSError, ValueError):
+        return empty
+    sound = isinstance(state, dict) and all(isinstance(state.get(part), dict) for part in empty)
+    return state if sound else empty
+
+
+def _write(device: str) -> None:
+    path = _path(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(_known[device], file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # a read-only home costs a measurement per process, nothing else

@@ -1,0 +1,133 @@
+"""Every op, every backend, every sample against the reference on one device: ``fastmkd check``.
+
+The result is a table for people and, with ``--json``, one record a line: what ``docs/gpu-status.md`` is made from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from . import cache
+from .accuracy import judge, upcast
+from .registry import OPS, Backend, Op, Sample
+
+__all__ = ["Row", "check_all", "check_sample", "main"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: `outcome` is ``"right"``, ``"wrong"``, ``"error"`` or ``"unavailable"`` (then `detail` says why)."""
+
+    op: str
+    backend: str
+    dtype: str
+    sample: str
+    outcome: str
+    error: float = 0.0
+    allowed: float = 0.0
+    detail: str = ""
+
+
+def check_sample(op: Op, backend: Backend, sample: Sample, dtype: torch.dtype) -> Row:
+    """Runs `sample` on `backend`, twice, against the reference: right means accurate and the same both times.
+
+    Args:
+        op: the op.
+        backend: one of its backends, usable here.
+        sample: one of its samples.
+        dtype: dtype of the sample, for the row.
+
+    Returns:
+        The row.
+    """
+    label = (op.name, backend.name, str(dtype).removeprefix("torch."), sample.name)
+    args = sample.args
+    try:
+        out = backend.run(*args)
+        again = backend.run(*args)
+        if sample.huge:  # float64 would not fit; the reference in the same dtype has to do
+            exact = plain = op.reference(*args)
+        else:
+            exact, plain = op.reference(*upcast(args)), op.reference(*args)
+        found = judge(out, exact, plain)
+        if found.ok and not torch.equal(out, again):
+            return Row(*label, "wrong", found.error, found.allowed, "two runs on the same inputs differ")
+    except Exception as error:
+        return Row(*label, "error", detail=f"{type(error).__name__}: {error}")
+    return Row(*label, "right" if found.ok else "wrong", found.error, found.allowed, found.detail)
+
+
+def check_all(device: str, names: Sequence[str] = (), huge: bool = False) -> Iterator[Row]:
+    """Yields a row for every op, backend, dtype and sample on `device`.
+
+    Args:
+        device: such as ``"cpu"`` or ``"cuda:0"``.
+        names: ops to check; all when empty.
+        huge: also the samples that need a GPU's memory.
+
+    Yields:
+        Rows, in the order of the registry.
+    """
+    kind = torch.device(device).type
+    for op in OPS.values():
+        if names and op.name not in names:
+            continue
+        for backend in op.backends.values():
+            if backend.device not in ("any", kind):
+                continue
+            reason = backend.reason()
+            if reason is not None:
+                yield Row(op.name, backend.name, "", "", "unavailable", detail=reason)
+                continue
+            for dtype in backend.dtypes:
+                for sample in op.samples(device, dtype):
+                    if huge or not sample.huge:
+                        yield check_sample(op, backend, sample, dtype)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of ``fastmkd check``; returns 1 when something is wrong, else 0."""
+    parser = argparse.ArgumentParser(prog="fastmkd check", description="Compares every op with its reference.")
+    parser.add_argument("op", nargs="*", help=f"ops to check (default: all of {', '.join(OPS)})")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--huge", action="store_true", help="also inputs whose offsets need 64 bits (tens of GB)")
+    parser.add_argument("--json", metavar="FILE", help="write one record a line")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.op if name not in OPS]
+    if unknown:
+        parser.error(f"there is no op {unknown[0]!r}; the ops are {', '.join(OPS)}")
+
+    rows = []
+    for row in check_all(args.device, args.op, args.huge):
+        rows.append(row)
+        if row.outcome in ("wrong", "error"):
+            print(f"{row.op} {row.backend} {row.dtype} {row.sample}: {row.outcome}, error {row.error:.3g}, "
+                  f"allowed {row.allowed:.3g} {row.detail}")  # fmt: skip
+    for op, backend in dict.fromkeys((r.op, r.backend) for r in rows):
+        mine = [r for r in rows if (r.op, r.backend) == (op, backend)]
+        if mine[0].outcome == "unavailable":
+            print(f"{op:<16} {backend:<8} not here: {mine[0].detail}")
+            continue
+        right = sum(r.outcome == "right" for r in mine)
+        print(f"{op:<16} {backend:<8} {right} of {len(mine)} samples right")
+    if args.json:
+        device = torch.device(args.device)
+        about = {
+            "device": cache.device_name(device),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+        }
+        with open(args.json, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({**about, **asdict(row)}) + "\n" for row in rows)
+    return int(any(r.outcome in ("wrong", "error") for r in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,177 @@
+"""Which backend runs an op: forced by `backend`, or the fastest on record for this device and shape (``auto``).
+
+``auto`` looks in three places, in this order:
+
+1. the table shipped for this device (``tables/<device>.json``, measured with ``fastmkd bench``);
+2. the choices measured here earlier (the disk cache, see `fastmkd.ops.cache`);
+3. a short measurement, made once per op, dtype and size, and written to the cache.
+
+``FASTMKD_AUTOTUNE=0`` leaves only the first; what is not in a table then follows `PREFERENCE`. Nothing is measured while
+a CUDA graph is captured, nor in a run of several processes before `prepare` has shared one process's choices with all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import cache
+
+if TYPE_CHECKING:
+    from .registry import Backend, Op
+
+__all__ = ["NAMES", "PREFERENCE", "BackendUnavailable", "backend", "candidates", "choose", "prepare"]
+
+NAMES = ("auto", "eager", "cpp", "triton", "cuda")
+PREFERENCE = ("cpp", "triton", "cuda", "eager")  # of those that run on the device, when nothing has been measured
+MEASURE_ROUNDS = 5
+
+_forced: ContextVar[str] = ContextVar("fastmkd_backend", default="auto")
+_chosen: dict[tuple[str, ...], str] = {}
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for exists for this op but cannot run here; the message says why."""
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Runs every op inside the ``with`` block on one backend.
+
+    An op that does not have the backend at all (``cuda`` exists for few ops) is chosen as in ``"auto"``.
+
+    Args:
+        name: ``"auto"`` (the default elsewhere), ``"eager"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: an unknown name.
+        BackendUnavailable: by an op inside the block that has the backend but cannot run it on its inputs or this machine.
+
+    Example:
+        >>> import torch, fastmkd
+        >>> with fastmkd.backend("eager"):
+        ...     fastmkd.select_tokens(torch.tensor([[0.1, 0.7, 0.2]]), 2)
+        tensor([[1, 2]])
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend got name={name!r}; expected one of {', '.join(map(repr, NAMES))}.")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(op: Op, args: tuple[Any, ...]) -> Backend:
+    """Returns the backend that is to run `op` on `args`, which have passed the op's checks."""
+    lead = next(a for a in args if isinstance(a, Tensor))
+    device, dtype = lead.device.type, lead.dtype
+    name = _forced.get()
+    if name != "auto" and name in op.backends:
+        return _usable(op, name, device, dtype)
+    key = (cache.device_name(lead.device), op.name, str(dtype).removeprefix("torch."), size_class(args))
+    if key not in _chosen:
+        if _capturing(device):
+            return candidates(op, device, dtype)[0]
+        _chosen[key] = _decide(op, args, key, device, dtype)
+    return op.backends[_chosen[key]]
+
+
+def candidates(op: Op, device: str, dtype: torch.dtype) -> list[Backend]:
+    """The backends that ``auto`` may take for this device type and dtype, best guess first; never empty."""
+    fit = [b for b in op.backends.values() if b.takes(device, dtype) and b.default and b.reason() is None]
+    return sorted(fit, key=lambda b: PREFERENCE.index(b.name))
+
+
+def size_class(args: tuple[Any, ...]) -> str:
+    """Size of the largest tensor as a power of four of its elements: ``"4^7"`` for 16,384 to 65,535."""
+    elements = max(a.numel() for a in args if isinstance(a, Tensor))
+    return f"4^{max(elements, 1).bit_length() // 2}"
+
+
+def prepare(device: torch.device) -> None:
+    """Verifies every op on `device` in rank 0 and shares its verdicts and choices with all ranks.
+
+    A run of several processes calls this once before its first step: ranks that chose differently would differ in the
+    last bit. A single process need not call it.
+
+    Args:
+        device: the device that the ops will run on.
+
+    Example:
+        >>> prepare(torch.device("cpu"))
+    """
+    from . import verdicts
+
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        verdicts.verify_all(device)
+        cache.load(device)
+    if distributed:
+        shared: list[Any] = [cache.snapshot(device)]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        cache.replace(device, shared[0])
+        _chosen.clear()
+
+
+def _usable(op: Op, name: str, device: str, dtype: torch.dtype) -> Backend:
+    chosen = op.backends[name]
+    if not chosen.takes(device, dtype):
+        dtypes = ", ".join(str(d).removeprefix("torch.") for d in chosen.dtypes)
+        raise BackendUnavailable(
+            f"backend {name!r} of {op.name} takes {chosen.device} tensors of {dtypes}, but got a {device} tensor of "
+            f"{str(dtype).removeprefix('torch.')}; move or cast the inputs, or use backend('auto')."
+        )
+    reason = chosen.reason()
+    if reason is not None:
+        raise BackendUnavailable(f"backend {name!r} of {op.name} cannot run here: {reason}")
+    return chosen
+
+
+def _decide(op: Op, args: tuple[Any, ...], key: tuple[str, ...], device: str, dtype: torch.dtype) -> str:
+    from . import verdicts
+
+    fit = [b for b in candidates(op, device, dtype) if verdicts.trusted(op, b, args)]
+    names = [b.name for b in fit]
+    for record in (cache.table(key[0]), cache.choices(key[0])):
+        on_record = record.get("/".join(key[1:])) or record.get(op.name)
+        if on_record in names:
+            return str(on_record)
+    if len(fit) == 1 or device == "cpu" or not autotune() or _many_processes():
+        # A CPU's preference is not measured at run time: a choice that changed from run to run would change the last bit.
+        return names[0]
+    best = min(fit, key=lambda b: _seconds(b, args)).name
+    cache.remember(key[0], "/".join(key[1:]), best)
+    return best
+
+
+def autotune() -> bool:
+    """False when ``FASTMKD_AUTOTUNE=0`` fixes all choices to the shipped tables."""
+    return os.environ.get("FASTMKD_AUTOTUNE", "1") != "0"
+
+
+def _many_processes() -> bool:
+    d = torch.distributed
+    return d.is_available() and d.is_initialized() and d.get_world_size() > 1
+
+
+def _capturing(device: str) -> bool:
+    return device == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _seconds(candidate: Backend, args: tuple[Any, ...]) -> float:
+    times = []
+    for _ in range(MEASURE_ROUNDS + 1):  # the first round warms up and is dropped
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        candidate.run(*args)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[MEASURE_ROUNDS // 2]

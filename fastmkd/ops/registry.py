@@ -1,0 +1,200 @@
+"""The registry of ops: what a declaration holds, and how it becomes a PyTorch operator.
+
+An op lives in one file of this folder and is declared by one call to `declare`. The declaration is the single source for
+everything else: the operator ``torch.ops.fastmkd.<name>``, the parity, opcheck, gradcheck and bad-input tests, the
+ahead-of-time compile checks, the benchmark entries, ``fastmkd check`` and the rows of ``docs/gpu-status.md``.
+
+A call runs ``check`` (shapes and dtypes), ``check_values`` (what only the data can tell), asks `fastmkd.ops.choice` for a
+backend, and runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import choice, ranges
+
+__all__ = ["OPS", "BadInput", "Backend", "Cost", "Op", "Sample", "declare", "get_op"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op.
+
+    Args:
+        name: ``"eager"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+        run: callable with the arguments of the op's schema, positional.
+        device: device type it runs on; ``"any"`` for plain PyTorch.
+        dtypes: dtypes of the op's first tensor that it takes.
+        reason: returns None when usable on this machine, else a sentence that says why not and what to do.
+        default: False keeps ``auto`` from ever taking it (built and tested, but not measured to be faster yet).
+    """
+
+    name: str
+    run: Callable[..., Any]
+    device: str
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    reason: Callable[[], str | None] = lambda: None
+    default: bool = True
+
+    def takes(self, device: str, dtype: torch.dtype) -> bool:
+        """True when tensors of this device type and dtype can be handed to `run`."""
+        return self.device in ("any", device) and dtype in self.dtypes
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Valid arguments of an op.
+
+    Args:
+        name: short label that appears in test names.
+        make: builds the positional arguments; called when they are needed, since some are large.
+        grad: positions of the arguments that a gradient check differentiates.
+        huge: larger than 32-bit offsets or a small machine can hold; run on GPUs only.
+    """
+
+    name: str
+    make: Callable[[], tuple[Any, ...]]
+    grad: tuple[int, ...] = ()
+    huge: bool = False
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments, freshly built."""
+        return self.make()
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """Arguments that the op must refuse with `error`, in a message that matches `match`."""
+
+    name: str
+    args: tuple[Any, ...]
+    error: type[Exception]
+    match: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call must at least do: floating-point operations and bytes moved (inputs once, outputs once)."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass
+class Op:
+    """A declared op; see `declare` for the meaning of the fields."""
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    check: Callable[..., None]
+    backends: dict[str, Backend]
+    samples: Callable[[str, torch.dtype], list[Sample]]
+    bad_inputs: Callable[[], list[BadInput]]
+    cost: Callable[..., Cost]
+    check_values: Callable[..., Iterable[tuple[Tensor, str]]] | None = None
+    entry: Callable[..., Any] = field(init=False, repr=False)
+
+    @property
+    def differentiable(self) -> bool:
+        """True when some sample names arguments with a gradient."""
+        return any(sample.grad for sample in self.samples("cpu", torch.float64))
+
+    def run(self, *args: Any) -> Any:
+        """Checks the arguments, chooses a backend and runs it (the body of ``torch.ops.fastmkd.<name>``)."""
+        self.check(*args)
+        if self.check_values is not None:
+            for condition, sentence in self.check_values(*args):
+                _assert_values(condition, sentence)
+        with ranges.annotate(self.name):
+            return choice.choose(self, args).run(*args)
+
+
+OPS: dict[str, Op] = {}
+
+
+def get_op(name: str) -> Op:
+    """Returns the declared op called `name`.
+
+    Raises:
+        KeyError: no such op; the message lists those that exist.
+    """
+    if name not in OPS:
+        raise KeyError(f"there is no op {name!r}; the ops are {', '.join(sorted(OPS))}.")
+    return OPS[name]
+
+
+def declare(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    backends: Iterable[Backend],
+    samples: Callable[[str, torch.dtype], list[Sample]],
+    bad_inputs: Callable[[], list[BadInput]],
+    cost: Callable[..., Cost],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    check_values: Callable[..., Iterable[tuple[Tensor, str]]] | None = None,
+) -> Callable[..., Any]:
+    """Declares an op and registers it with PyTorch as ``fastmkd::<name>``.
+
+    Args:
+        schema: ``name(Tensor a, int b) -> Tensor``, without a namespace; no default values, no overloads.
+        reference: the meaning of the op in plain PyTorch; also its ``eager`` backend.
+        check: raises ValueError or TypeError for wrong shapes, dtypes, devices or numbers; must not read tensor data.
+        fake: output shape and dtype from the inputs' (``register_fake``); runs after `check`.
+        backends: the other ways to run it.
+        samples: ``samples(device, dtype)``, valid inputs: ordinary, awkward and huge ones.
+        bad_inputs: inputs that must be refused.
+        cost: least work of a call, from the arguments, for the physical bound in benchmarks.
+        backward: ``backward(ctx, *grads)``, in plain PyTorch.
+        setup_context: saves for backward, as in ``torch.library.register_autograd``.
+        check_values: yields (boolean scalar tensor, sentence) pairs. On the CPU a False raises ValueError; on a GPU it
+            is an asynchronous assert, so that no step waits for it.
+
+    Returns:
+        The operator, a callable with the schema's positional arguments.
+    """
+    name = schema.split("(", 1)[0]
+    eager = Backend("eager", reference, device="any")
+    op = Op(
+        name=name,
+        schema=schema,
+        reference=reference,
+        check=check,
+        backends={b.name: b for b in (eager, *backends)},
+        samples=samples,
+        bad_inputs=bad_inputs,
+        cost=cost,
+        check_values=check_values,
+    )
+
+    def checked_fake(*args: Any) -> Any:
+        check(*args)
+        return fake(*args)
+
+    custom = torch.library.custom_op(f"fastmkd::{name}", op.run, mutates_args=(), schema=schema[len(name) :])
+    custom.register_fake(checked_fake)
+    custom.register_autograd(backward, setup_context=setup_context)
+    op.entry = getattr(torch.ops.fastmkd, name).default
+    OPS[name] = op
+    return op.entry
+
+
+def _assert_values(condition: Tensor, sentence: str) -> None:
+    if condition.device.type == "cpu":
+        if not condition:
+            raise ValueError(sentence)
+    else:
+        torch._assert_async(condition, sentence)

@@ -1,0 +1,152 @@
+"""Tests generated from the registry: a new op gets all of them by being declared."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import fastmkd
+from fastmkd.ops import OPS
+from fastmkd.ops.check import check_sample
+from fastmkd.ops.choice import BackendUnavailable
+from fastmkd.ops.registry import FLOATS, Backend, BadInput, Op, Sample
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def _cases(device: str, huge: bool) -> list[Any]:
+    """(op, backend, dtype, sample) of everything that runs on `device`, the reference itself left out."""
+    return [
+        pytest.param(op, backend, dtype, sample, id=f"{op.name}-{backend.name}-{str(dtype)[6:]}-{sample.name}")
+        for op in OPS.values()
+        for backend in op.backends.values()
+        if backend.device == device
+        for dtype in backend.dtypes
+        for sample in op.samples(device, dtype)
+        if sample.huge == huge
+    ]
+
+
+def _require(backend: Backend) -> None:
+    reason = backend.reason()
+    if reason is not None:
+        pytest.skip(f"{backend.name}: {reason}")
+
+
+@pytest.mark.parametrize(("op", "backend", "dtype", "sample"), _cases("cpu", huge=False))
+def test_parity_cpu(op: Op, backend: Backend, dtype: torch.dtype, sample: Sample, poisoned: None) -> None:
+    _require(backend)
+    row = check_sample(op, backend, sample, dtype)
+    assert row.outcome == "right", row
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("huge", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_parity_gpu(name: str, huge: bool, poisoned: None) -> None:
+    rows = [
+        check_sample(OPS[name], backend, sample, dtype)
+        for backend in OPS[name].backends.values()
+        if backend.device == "cuda" and backend.reason() is None
+        for dtype in backend.dtypes
+        for sample in OPS[name].samples("cuda", dtype)
+        if sample.huge == huge
+    ]
+    assert rows, f"no GPU backend of {name} is usable here"
+    assert [row for row in rows if row.outcome != "right"] == []
+
+
+def _float64_samples(device: str) -> list[Any]:
+    return [
+        pytest.param(op, sample, id=f"{op.name}-{sample.name}")
+        for op in OPS.values()
+        for sample in op.samples(device, torch.float64)
+        if sample.grad
+    ]
+
+
+@pytest.mark.parametrize(("op", "sample"), _float64_samples("cpu"))
+def test_gradcheck(op: Op, sample: Sample) -> None:
+    args = list(sample.args)
+    wanted = [i for i in sample.grad if args[i] is not None]
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        for i, tensor in zip(wanted, tensors, strict=True):
+            args[i] = tensor
+        return op.entry(*args)
+
+    inputs = [args[i].detach().clone().requires_grad_() for i in wanted]
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=sum(t.numel() for t in inputs) > 400)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_opcheck(name: str, device: str) -> None:
+    for sample in OPS[name].samples(device, torch.float32)[:4]:
+        args = [
+            a.detach().clone().requires_grad_() if i in sample.grad and a is not None else a
+            for i, a in enumerate(sample.args)
+        ]
+        torch.library.opcheck(OPS[name].entry, args)
+
+
+def _bad() -> list[Any]:
+    return [pytest.param(op, bad, id=f"{op.name}-{bad.name}") for op in OPS.values() for bad in op.bad_inputs()]
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize(("op", "bad"), _bad())
+def test_bad_input_is_refused(op: Op, bad: BadInput, backend: str) -> None:
+    with fastmkd.backend(backend), pytest.raises(bad.error) as caught:
+        op.entry(*bad.args)
+    assert re.search(bad.match, str(caught.value))
+    assert str(caught.value).endswith("."), "an error is a sentence"
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_compiles_without_a_graph_break(name: str) -> None:
+    op = OPS[name]
+    sample = op.samples("cpu", torch.float32)[0]
+    args = sample.args
+    compiled = torch.compile(lambda *a: op.entry(*a), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*args), op.entry(*args), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_schema_of_compiled_entry_point_matches(name: str) -> None:
+    from fastmkd import _native_loader
+
+    if not _native_loader.load().cpu:
+        pytest.skip(str(_native_loader.load().cpu_reason))
+    public = torch.ops.fastmkd.__getattr__(name).default._schema
+    native = getattr(torch.ops.fastmkd_native, name).default._schema
+    assert str(native).replace("fastmkd_native::", "fastmkd::") == str(public)
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_declaration_is_whole(name: str) -> None:
+    op = OPS[name]
+    assert op.name == name == op.schema.split("(", 1)[0]
+    assert {"eager"} < set(op.backends), "an op has a reference and at least one faster backend"
+    assert len(op.samples("cpu", torch.float32)) >= 6
+    assert len(op.bad_inputs()) >= 5
+    for dtype in FLOATS:
+        for sample in op.samples("cpu", dtype)[:1]:
+            assert op.cost(*sample.args).bytes > 0
+
+
+def test_forcing_a_backend_that_cannot_run_says_why() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there, so Triton can run")
+    scores = torch.rand(1, 4)
+    with fastmkd.backend("triton"), pytest.raises(BackendUnavailable, match="takes cuda tensors"):
+        fastmkd.select_tokens(scores, 2)
+
+
+def test_unknown_backend_is_named() -> None:
+    with pytest.raises(ValueError, match="'fast'.*'eager'"), fastmkd.backend("fast"):
+        pass
