@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .config import show_config
     from .methods import DistillOutput, MaskedKD, Supervised
     from .nn import MaskedViT, block_mask, grid_mask, random_mask
-    from .ops import select_tokens
     from .ops.choice import backend
+    from .ops.select_tokens import select_tokens
 
 _HOME = {
     "DistillOutput": "methods",

@@ -1,4 +1,4 @@
-"""The ops: one file each, declared through `fastmkd.ops.registry`; importing this package registers them with PyTorch."""
+"""The ops: one file each, declared through `fastmkd.ops.registry`; importing this package registers them."""
 
 from .cls_saliency import cls_saliency
 from .patch_embed import patch_embed

@@ -49,7 +49,8 @@ def judge(out: Tensor, exact: Tensor, plain: Tensor) -> Verdict:
         False
     """
     if out.shape != plain.shape or out.dtype != plain.dtype:
-        return Verdict(False, float("nan"), 0.0, f"{out.dtype} {tuple(out.shape)}, not {plain.dtype} {tuple(plain.shape)}")
+        detail = f"{out.dtype} {tuple(out.shape)}, not {plain.dtype} {tuple(plain.shape)}"
+        return Verdict(False, float("nan"), 0.0, detail)
     if not out.is_floating_point():
         wrong = int((out != plain).sum())
         return Verdict(wrong == 0, float(wrong), 0.0, f"{wrong} of {out.numel()} entries differ" if wrong else "")

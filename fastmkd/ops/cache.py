@@ -1,7 +1,7 @@
 """What is known about a device: shipped tables, and verdicts and choices found here and kept on disk.
 
-The cache is one JSON file a device under ``$FASTMKD_CACHE`` (default ``~/.cache/fastmkd``). It is written atomically and
-read once; a file that cannot be read or written is ignored, since everything in it can be found again.
+The cache is one JSON file a device under ``$FASTMKD_CACHE`` (default ``~/.cache/fastmkd``). It is written atomically
+and read once; a file that cannot be read or written is ignored, since everything in it can be found again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .. import __version__
 
 __all__ = ["choices", "device_name", "load", "remember", "replace", "snapshot", "table", "verdict"]
 
@@ -33,7 +35,7 @@ def device_name(device: torch.device) -> str:
 
 @lru_cache(maxsize=16)
 def table(device: str) -> dict[str, Any]:
-    """The table shipped for a device: ``{"<op>/<dtype>/<size class>" or "<op>": backend}``; empty when there is none."""
+    """The table shipped for a device: ``{"<op>/<dtype>/<size class>" or "<op>": backend}``; may be empty."""
     path = _TABLES / f"{device}.json"
     return dict(json.loads(path.read_text())["choices"]) if path.is_file() else {}
 
@@ -85,13 +87,10 @@ def _state(device: str) -> dict[str, Any]:
 
 def _path(device: str) -> Path:
     root = os.environ.get("FASTMKD_CACHE") or Path.home() / ".cache" / "fastmkd"
-    triton = "none"
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
-        pass
-    from .. import __version__
-
+        triton = "none"
     # A new compiler may be right where an old one was wrong, or the other way round: each combination has its own file.
     return Path(root) / f"{device}_fastmkd-{__version__}_torch-{torch.__version__}_triton-{triton}.json"
 

@@ -22,7 +22,7 @@ __all__ = ["Row", "check_all", "check_sample", "main"]
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: `outcome` is ``"right"``, ``"wrong"``, ``"error"`` or ``"unavailable"`` (then `detail` says why)."""
+    """One comparison: `outcome` is ``right``, ``wrong``, ``error`` or ``unavailable`` (then `detail` says why)."""
 
     op: str
     backend: str

@@ -6,8 +6,8 @@
 2. the choices measured here earlier (the disk cache, see `fastmkd.ops.cache`);
 3. a short measurement, made once per op, dtype and size, and written to the cache.
 
-``FASTMKD_AUTOTUNE=0`` leaves only the first; what is not in a table then follows `PREFERENCE`. Nothing is measured while
-a CUDA graph is captured, nor in a run of several processes before `prepare` has shared one process's choices with all.
+``FASTMKD_AUTOTUNE=0`` leaves only the first; what is not in a table then follows `PREFERENCE`. Nothing is measured on a
+CPU, while a CUDA graph is captured, or in a run of several processes (`prepare` shares what one of them knows).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from . import cache
 if TYPE_CHECKING:
     from .registry import Backend, Op
 
-__all__ = ["NAMES", "PREFERENCE", "BackendUnavailable", "backend", "candidates", "choose", "prepare"]
+__all__ = ["NAMES", "PREFERENCE", "BackendUnavailableError", "backend", "candidates", "choose", "prepare"]
 
 NAMES = ("auto", "eager", "cpp", "triton", "cuda")
 PREFERENCE = ("cpp", "triton", "cuda", "eager")  # of those that run on the device, when nothing has been measured
@@ -37,7 +37,7 @@ _forced: ContextVar[str] = ContextVar("fastmkd_backend", default="auto")
 _chosen: dict[tuple[str, ...], str] = {}
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailableError(RuntimeError):
     """The backend asked for exists for this op but cannot run here; the message says why."""
 
 
@@ -52,7 +52,7 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: an unknown name.
-        BackendUnavailable: by an op inside the block that has the backend but cannot run it on its inputs or this machine.
+        BackendUnavailableError: raised by an op in the block that has the backend but cannot run it here.
 
     Example:
         >>> import torch, fastmkd
@@ -125,13 +125,13 @@ def _usable(op: Op, name: str, device: str, dtype: torch.dtype) -> Backend:
     chosen = op.backends[name]
     if not chosen.takes(device, dtype):
         dtypes = ", ".join(str(d).removeprefix("torch.") for d in chosen.dtypes)
-        raise BackendUnavailable(
+        raise BackendUnavailableError(
             f"backend {name!r} of {op.name} takes {chosen.device} tensors of {dtypes}, but got a {device} tensor of "
             f"{str(dtype).removeprefix('torch.')}; move or cast the inputs, or use backend('auto')."
         )
     reason = chosen.reason()
     if reason is not None:
-        raise BackendUnavailable(f"backend {name!r} of {op.name} cannot run here: {reason}")
+        raise BackendUnavailableError(f"backend {name!r} of {op.name} cannot run here: {reason}")
     return chosen
 
 
@@ -145,7 +145,7 @@ def _decide(op: Op, args: tuple[Any, ...], key: tuple[str, ...], device: str, dt
         if on_record in names:
             return str(on_record)
     if len(fit) == 1 or device == "cpu" or not autotune() or _many_processes():
-        # A CPU's preference is not measured at run time: a choice that changed from run to run would change the last bit.
+        # Not measured on a CPU: a choice that changed from run to run would change a result's last bit.
         return names[0]
     best = min(fit, key=lambda b: _seconds(b, args)).name
     cache.remember(key[0], "/".join(key[1:]), best)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import native, triton
-from .registry import BadInput, Backend, Cost, Sample, declare
+from .registry import Backend, BadInput, Cost, Sample, declare
 
 __all__ = ["cls_saliency"]
 
@@ -84,8 +84,8 @@ def check(q: Tensor, k: Tensor, num_prefix_tokens: int, scale: float, include_pr
         raise ValueError(f"k has shape {tuple(k.shape)}; expected (B, H, P + N, d) with B, H, d of q {tuple(q.shape)}.")
     if not 1 <= num_prefix_tokens < k.shape[2]:
         raise ValueError(
-            f"num_prefix_tokens is {num_prefix_tokens}; expected 1 to {k.shape[2] - 1}, since k holds {k.shape[2]} tokens "
-            "and the saliency needs a CLS token and at least one patch."
+            f"num_prefix_tokens is {num_prefix_tokens}; expected 1 to {k.shape[2] - 1}, since k holds {k.shape[2]} "
+            "tokens and the saliency needs a CLS token and at least one patch."
         )
     for name, tensor in (("q", q), ("k", k)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
@@ -93,9 +93,7 @@ def check(q: Tensor, k: Tensor, num_prefix_tokens: int, scale: float, include_pr
 
 
 def fake(q: Tensor, k: Tensor, num_prefix_tokens: int, scale: float, include_prefix: bool) -> Tensor:
-    return q.new_empty(
-        (k.shape[0], k.shape[2] - num_prefix_tokens), dtype=torch.promote_types(q.dtype, torch.float32)
-    )
+    return q.new_empty((k.shape[0], k.shape[2] - num_prefix_tokens), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -122,7 +120,13 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def samples(device: str, dtype: torch.dtype) -> list[Sample]:
     def make(
-        batch: int, heads: int, patches: int, dim: int, prefix: int = 1, include_prefix: bool = False, spread: float = 1.0
+        batch: int,
+        heads: int,
+        patches: int,
+        dim: int,
+        prefix: int = 1,
+        include_prefix: bool = False,
+        spread: float = 1.0,
     ) -> tuple[Any, ...]:
         g = torch.Generator().manual_seed(batch * 7919 + patches)
         qkv = torch.randn(batch, prefix + patches, 3, heads, dim, generator=g, dtype=torch.float64) * spread

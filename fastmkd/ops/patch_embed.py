@@ -2,8 +2,9 @@ r"""Patch embedding of the kept patches only: gather, project, add position, in 
 
 .. math:: Y_{b,j} = W \, \mathrm{patch}(X_b, \mathrm{keep}_{b,j}) + \mathrm{bias} + \mathrm{pos}_{\mathrm{keep}_{b,j}}
 
-``X (B, C, H, W)``, ``keep (B, k)`` and ``Y (B, k, D)``. A ViT's first layer is a convolution with kernel ``(ph, pw)`` and a
-stride; here only the patches named in `keep` are read from the picture. The stride may be smaller than the patch (AST).
+``X (B, C, H, W)``, ``keep (B, k)`` and ``Y (B, k, D)``. A ViT's first layer is a convolution with kernel ``(ph, pw)``
+and a stride; here only the patches named in `keep` are read from the picture. The stride may be smaller than the patch
+(AST, whose patches overlap).
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native, triton
-from .registry import BadInput, Backend, Cost, Sample, declare
+from .registry import Backend, BadInput, Cost, Sample, declare
 
 __all__ = ["patch_embed", "patch_grid", "patch_rows"]
 
 SCHEMA = (
-    "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos, Tensor keep, int stride_h, int stride_w) -> Tensor"
+    "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos, Tensor keep, "
+    "int stride_h, int stride_w) -> Tensor"
 )
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,8 +38,8 @@ def patch_embed(
 ) -> Tensor:
     """Embeds the kept patches of each image and adds their positions.
 
-    Under autocast, `images`, `weight` and `bias` are cast as a convolution's inputs would be; `pos` keeps its dtype, as in
-    ``x + pos_embed``.
+    Under autocast, `images`, `weight` and `bias` are cast as a convolution's inputs would be; `pos` keeps its dtype, as
+    in ``x + pos_embed``.
 
     Args:
         images: ``(B, C, H, W)`` pixels.
@@ -121,12 +123,12 @@ def check(
     if not images.is_floating_point():
         raise TypeError(f"images has dtype {images.dtype}; expected a floating-point dtype, scale the pixels first.")
     if weight.dim() != 4 or weight.shape[1] != images.shape[1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (D, {images.shape[1]}, ph, pw) for these images.")
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (D, {images.shape[1]}, ph, pw).")
     dim, _, ph, pw = weight.shape
     if min(stride_h, stride_w) < 1:
         raise ValueError(f"stride is ({stride_h}, {stride_w}); expected two positive numbers.")
     if images.shape[2] < ph or images.shape[3] < pw:
-        raise ValueError(f"images are {images.shape[2]} x {images.shape[3]} pixels, smaller than one {ph} x {pw} patch.")
+        raise ValueError(f"images have shape {tuple(images.shape)}, smaller than one {ph} x {pw} patch.")
     for name, tensor, dtypes in (
         ("weight", weight, (images.dtype,)),
         ("bias", bias, (images.dtype,)),
@@ -136,14 +138,17 @@ def check(
         if tensor is None:
             continue
         if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(str(d) for d in dict.fromkeys(dtypes))}.")
+            expected = " or ".join(str(d) for d in dict.fromkeys(dtypes))
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {expected}.")
         if tensor.device != images.device:
-            raise ValueError(f"{name} is on {tensor.device} but images are on {images.device}; move them to one device.")
+            raise ValueError(f"{name} is on {tensor.device}, images on {images.device}; move them to one device.")
     gh, gw = patch_grid(images, (ph, pw), (stride_h, stride_w))
     if bias is not None and tuple(bias.shape) != (dim,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({dim},), one value per embedding channel.")
     if pos is not None and tuple(pos.shape) != (gh * gw, dim):
-        raise ValueError(f"pos has shape {tuple(pos.shape)}; expected ({gh * gw}, {dim}), a row per patch of the {gh} x {gw} grid.")
+        raise ValueError(
+            f"pos has shape {tuple(pos.shape)}; expected ({gh * gw}, {dim}), a row per patch of the {gh} x {gw} grid."
+        )
     if keep.dim() != 2 or keep.shape[0] != images.shape[0]:
         raise ValueError(f"keep has shape {tuple(keep.shape)}; expected ({images.shape[0]}, k), a row per image.")
     if not 1 <= keep.shape[1] <= gh * gw:
@@ -160,7 +165,7 @@ def check_values(
     ordered = keep.sort(1).values
     inside = (ordered[:, 0] >= 0) & (ordered[:, -1] < gh * gw)
     yield inside.all(), f"keep holds an index outside 0 to {gh * gw - 1}, the patches of the {gh} x {gw} grid."
-    yield (ordered[:, 1:] != ordered[:, :-1]).all(), "keep names a patch twice for one image; every index may occur once."
+    yield (ordered[:, 1:] != ordered[:, :-1]).all(), "keep names a patch twice for one image; each may occur once."
 
 
 def fake(
@@ -192,7 +197,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_bias = grad.sum((0, 1), dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
     if need_pos:
         n, dtype = ctx.pos_like
-        # No index repeats within an image, so a plain scatter has no collisions and the sum over the batch a fixed order.
+        # No index repeats within an image: a plain scatter has no collisions, the sum over the batch a fixed order.
         spread = grad.new_zeros(grad.shape[0], n, dim).scatter(1, keep[..., None].expand(-1, -1, dim), grad)
         d_pos = spread.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(dtype)
     return d_images, d_weight, d_bias, d_pos, None, None, None

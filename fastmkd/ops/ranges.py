@@ -1,6 +1,6 @@
 """NVTX ranges around ops, for Nsight Systems and Nsight Compute.
 
-Uses the ``nvtx`` package when it is installed, PyTorch's own NVTX binding otherwise; costs nothing on a machine without CUDA.
+Uses the ``nvtx`` package when it is installed, PyTorch's own NVTX binding otherwise; without CUDA it does nothing.
 """
 
 from __future__ import annotations

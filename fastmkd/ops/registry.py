@@ -1,11 +1,11 @@
 """The registry of ops: what a declaration holds, and how it becomes a PyTorch operator.
 
-An op lives in one file of this folder and is declared by one call to `declare`. The declaration is the single source for
-everything else: the operator ``torch.ops.fastmkd.<name>``, the parity, opcheck, gradcheck and bad-input tests, the
+An op lives in one file of this folder and is declared by one call to `declare`. The declaration is the single source
+for everything else: the operator ``torch.ops.fastmkd.<name>``, the parity, opcheck, gradcheck and bad-input tests, the
 ahead-of-time compile checks, the benchmark entries, ``fastmkd check`` and the rows of ``docs/gpu-status.md``.
 
-A call runs ``check`` (shapes and dtypes), ``check_values`` (what only the data can tell), asks `fastmkd.ops.choice` for a
-backend, and runs it.
+A call runs ``check`` (shapes and dtypes), ``check_values`` (what only the data can tell), asks `fastmkd.ops.choice` for
+a backend, and runs it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import choice, ranges
 
-__all__ = ["OPS", "BadInput", "Backend", "Cost", "Op", "Sample", "declare", "get_op"]
+__all__ = ["OPS", "Backend", "BadInput", "Cost", "Op", "Sample", "declare", "get_op"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -3,9 +3,9 @@ r"""Token selection: the k most salient patches, on the teacher's grid (MaskedKD
 ``(B, N) -> (B, k)``: indices of the k largest values of each row in ascending order, ties to the lower index. When
 student and teacher cut the image into different grids, the saliency map is first resized bilinearly.
 
-Every backend must pick the same tokens, so the resize is defined to the last bit: float32, each operation rounded on its
-own, in the order written in `resize`. A neighbour that would lie outside the map has no weight, so a value repeated at
-the border stays a tie.
+Every backend must pick the same tokens, so the resize is defined to the last bit: float32, each operation rounded on
+its own, in the order written in `resize`. A neighbour that would lie outside the map has no weight, so a value repeated
+at the border stays a tie.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import native, triton
-from .registry import BadInput, Backend, Cost, Sample, declare
+from .registry import Backend, BadInput, Cost, Sample, declare
 
 __all__ = ["resize", "select_tokens"]
 
@@ -120,7 +120,7 @@ def check(saliency: Tensor, k: int, grid_h: int, grid_w: int, target_h: int, tar
             raise ValueError(f"{name} is {grid}; expected two positive numbers.")
     if grid_h * grid_w != saliency.shape[1]:
         raise ValueError(
-            f"grid ({grid_h}, {grid_w}) has {grid_h * grid_w} cells but saliency has {saliency.shape[1]} scores an image."
+            f"grid ({grid_h}, {grid_w}) has {grid_h * grid_w} cells but saliency has {saliency.shape[1]} scores a row."
         )
     if not 1 <= k <= target_h * target_w:
         raise ValueError(f"k is {k}; expected 1 to {target_h * target_w}, the number of patches.")

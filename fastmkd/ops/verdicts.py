@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from . import cache
-from .accuracy import judge, upcast
 
 if TYPE_CHECKING:
     from .registry import Backend, Op
@@ -22,7 +21,7 @@ __all__ = ["trusted", "verify", "verify_all"]
 
 
 def trusted(op: Op, candidate: Backend, args: tuple[Any, ...]) -> bool:
-    """True when `candidate` may run: it is no GPU kernel, a record vouches for it, or its samples came out right here."""
+    """True when `candidate` may run: no GPU kernel, or a record vouches for it, or its samples came out right here."""
     device = next(a for a in args if isinstance(a, Tensor)).device
     if device.type == "cpu" or candidate.name == "eager":
         return True
@@ -47,22 +46,19 @@ def verify(op: Op, candidate: Backend, device: torch.device) -> bool:
     Returns:
         True when all samples are right.
     """
+    from .check import check_sample
+
     for dtype in candidate.dtypes:
         for sample in op.samples(str(device), dtype):
             if sample.huge:
                 continue
-            args = sample.args
-            try:
-                found = judge(candidate.run(*args), op.reference(*upcast(args)), op.reference(*args))
-            except Exception as error:  # a kernel that does not compile on this model must not end the user's run
-                found = None
-                detail = f"{type(error).__name__}: {error}"
-            if found is None or not found.ok:
-                detail = detail if found is None else f"error {found.error:.3g}, allowed {found.allowed:.3g} {found.detail}"
+            row = check_sample(op, candidate, sample, dtype)
+            if row.outcome != "right":
                 warnings.warn(
                     f"fastmkd: backend {candidate.name!r} of {op.name} is wrong on this {cache.device_name(device)} "
-                    f"({dtype}, sample {sample.name}: {detail}); it is set aside and {op.name} runs on another backend. "
-                    "Please report this with the output of fastmkd env.",
+                    f"({row.dtype}, sample {row.sample}: error {row.error:.3g}, allowed {row.allowed:.3g} "
+                    f"{row.detail}); it is set aside and the op runs on another backend. Please report this with the "
+                    "output of fastmkd env.",
                     RuntimeWarning,
                     stacklevel=2,
                 )

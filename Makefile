@@ -1,0 +1,55 @@
+# The two commands of the README (make demo, make test) and what they are made of. VENV and PYTHON may be given.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.fastmkd-ready
+NATIVE := $(shell find csrc CMakeLists.txt setup.py -type f 2>/dev/null)
+
+.PHONY: help install demo test test-all lint types unit doctest native-test bench docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      install into $(VENV), train on digits, print a table, draw a picture"
+	@echo "make test      install into $(VENV), then lint, types and all tests (under 20 minutes on 2 cores)"
+	@echo "make test-all  the same with the long tests"
+	@echo "make bench     the headline benchmarks on this machine, then docs/benchmarks.md"
+	@echo "make clean     remove build products (not $(VENV))"
+
+install: $(READY)
+
+# torch comes first and the build then uses it: with build isolation pip would download a second copy.
+$(READY): pyproject.toml $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > $(VENV)/build-requires.txt
+	$(BIN)/python -m pip install -r $(VENV)/build-requires.txt
+	$(BIN)/python -m pip install --no-build-isolation -e ".[train,bench,test]"
+	touch $@
+
+demo: install
+	$(BIN)/fastmkd demo
+
+test: install lint types unit doctest
+
+test-all: install lint types doctest
+	$(BIN)/python -m pytest tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+unit: install
+	$(BIN)/python -m pytest tests -m "not long"
+
+doctest: install
+	$(BIN)/python -m pytest --doctest-modules fastmkd -q
+
+bench: install
+	$(BIN)/fastmkd bench
+	$(BIN)/python -m fastmkd.bench.report
+
+clean:
+	rm -rf build dist *.egg-info fastmkd/lib fastmkd/_native*.so $(READY)
