@@ -1,7 +1,7 @@
 """What a GPU has proven and what not: writes ``docs/gpu-status.md`` and the ``verified`` part of the shipped tables.
 
-A row is proven when a committed record of ``fastmkd check --json`` (``bench/results/<gpu>/check.jsonl``) holds samples of
-that op and backend and every one of them is right. Run it with ``python -m fastmkd.bench.gpu_status``.
+A row is proven when a committed record of ``fastmkd check --json`` (``bench/results/<gpu>/check.jsonl``) holds samples
+of that op and backend and every one of them is right. Run it with ``python -m fastmkd.bench.gpu_status``.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def _row(op: str, backend: Backend, known: dict[tuple[str, str], dict[str, list[
         if proven(rows)
     ]
     in_auto = "yes" if backend.default else "no"
-    return f"| {op} | {backend.name} | {in_auto} | {WITHOUT_GPU[backend.name]} | {', '.join(devices) or '**unproven**'} |"
+    return (
+        f"| {op} | {backend.name} | {in_auto} | {WITHOUT_GPU[backend.name]} | {', '.join(devices) or '**unproven**'} |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Benchmarks written by hand, one file each: whole models, and ops at the sizes that training uses."""
