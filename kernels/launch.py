@@ -1,0 +1,59 @@
+"""What every launcher and every kernel file shares: the device guard and the description of a compile check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["AotCase", "on_device"]
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One compilation of a kernel that must succeed, without a GPU, for every supported architecture.
+
+    The compile test reads these from the list ``AOT_CASES`` of each kernel file. Whatever the case says, the compiled
+    kernel may use neither a stack frame nor local memory, nor more shared memory than the architecture has.
+
+    Args:
+        name: label that appears in test names.
+        kernel: the ``@triton.jit`` function.
+        signature: Triton type of each run-time argument, such as ``"*bf16"``, ``"i32"`` or ``"fp32"``.
+        constexprs: compile-time arguments, and None for pointers that are absent.
+        aligned: integer arguments that are multiples of 16 in the launch meant; pointers always are.
+        options: launch options (``num_warps``, ``num_stages``, ``enable_fp_fusion``).
+        mma: True when the machine code must contain the architecture's tensor-core instruction.
+        requires: regular expressions that the machine code must match.
+        forbids: regular expressions that it must not match.
+
+    Example:
+        >>> AotCase("copy", kernel=None, signature={"x_ptr": "*fp32"}).mma
+        False
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    mma: bool = False
+    requires: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's GPU current, since Triton launches on the current one; does nothing for a CPU tensor.
+
+    CPU tensors come with ``TRITON_INTERPRET=1``, where a kernel runs as NumPy.
+
+    Example:
+        >>> with on_device(torch.zeros(1)):
+        ...     pass
+    """
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,109 @@
+"""Compiles every AOT_CASES entry of fastmkd.kernels for GPUs that this machine does not have.
+
+Run as a child process, with the interpreter off, since Triton decides at import which of the two it is:
+
+    TRITON_INTERPRET=0 python tests/kernels/aot.py REPORT.json
+
+The report is a list of records: kernel file, case, architecture, registers, shared memory in bytes, and the faults as
+sentences; an empty list is a pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ARCHS = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+TENSOR_CORE = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
+LOCAL_MEMORY = r"\b(STL|LDL)\b"
+
+
+def kernel_modules():
+    """Every module of fastmkd.kernels that lists compile cases."""
+    import fastmkd.kernels as package
+
+    modules = (importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__))
+    return [module for module in modules if hasattr(module, "AOT_CASES")]
+
+
+def compile_case(case, arch):
+    """Compiles `case` for `arch`; the result is what `inspect` takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    # What a real launch knows about its arguments: pointers, and the named integers, are multiples of 16.
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in case.aligned
+    }
+    source = ASTSource(case.kernel, signature, dict(case.constexprs), attrs)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
+
+
+def inspect(case, arch, compiled):
+    """Returns what the machine code uses, and the faults as sentences."""
+    usage, sass = _disassemble(compiled.asm["cubin"])
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    shared = compiled.metadata.shared
+    checks = [
+        (stack > 0, f"uses a stack frame of {stack} bytes"),
+        (re.search(LOCAL_MEMORY, sass), "spills registers to local memory"),
+        (shared > SHARED_LIMIT[arch], f"wants {shared} bytes of shared memory, the limit is {SHARED_LIMIT[arch]}"),
+        (case.mma and not re.search(TENSOR_CORE[arch], sass), "has no tensor-core instruction"),
+        *((not re.search(pattern, sass), f"lacks {pattern}") for pattern in case.requires),
+        *((re.search(pattern, sass), f"contains {pattern}") for pattern in case.forbids),
+    ]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "shared": shared,
+        "faults": [sentence for failed, sentence in checks if failed],
+    }
+
+
+def _disassemble(cubin):
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return [
+            subprocess.run([cuobjdump, flag, file.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("-res-usage", "-sass")
+        ]
+
+
+def main(report):
+    records = []
+    # Disassembly takes as long as compilation, in a process of its own: it runs beside the next compilation.
+    with ThreadPoolExecutor(1) as pool:
+        for module in kernel_modules():
+            for case, arch in itertools.product(module.AOT_CASES, ARCHS):
+                label = {"kernel": module.__name__.rpartition(".")[2], "case": case.name, "arch": arch}
+                try:
+                    records.append((label, pool.submit(inspect, case, arch, compile_case(case, arch))))
+                except Exception as error:  # a case that fails to compile must not hide the others
+                    fault = f"does not compile: {type(error).__name__}: {error}"
+                    records.append((label, pool.submit(dict, faults=[fault])))
+        finished = [{**label, **future.result()} for label, future in records]
+    Path(report).write_text(json.dumps(finished, indent=1))
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        sys.exit("set TRITON_INTERPRET=0: interpreted kernels cannot be compiled.")
+    main(sys.argv[1])
