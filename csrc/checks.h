@@ -1,0 +1,82 @@
+// Argument checks shared by the operator wrappers: each names the argument, what came and what was expected.
+//
+// The Python side has checked already when an op is called through fastmkd; these guard direct calls of the compiled
+// entry points, whose kernels trust every pointer they are given.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "core/kernels.h"
+
+namespace fastmkd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Python receives ValueError or RuntimeError, as the torch version has it, with this message.
+template <class... Parts>
+void require(bool ok, const Parts&... message) {
+  if (ok) return;
+  std::ostringstream text;
+  (text << ... << message);
+  throw std::invalid_argument(text.str());
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(tensor.size(i));
+  return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+inline void require_dim(const Tensor& tensor, const char* name, int64_t dim, const char* layout) {
+  require(tensor.dim() == dim, name, " has shape ", shape_text(tensor), "; expected ", layout, ".");
+}
+
+inline void require_cpu(const Tensor& tensor, const char* name) {
+  require(tensor.is_cpu(), name, " is not on the CPU; move every argument to one device.");
+}
+
+inline void require_contiguous(const Tensor& tensor, const char* name) {
+  require(tensor.is_contiguous(), name, " is not contiguous; call .contiguous() on it.");
+}
+
+inline void require_dtype(const Tensor& tensor, const char* name, ScalarType expected) {
+  require(tensor.scalar_type() == expected, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
+          "; expected ", torch::headeronly::toString(expected), ".");
+}
+
+// Checks of fastmkd_native::select_tokens that its CPU and CUDA entries share; returns what both kernels need.
+inline SelectTokensArgs check_select_tokens(const Tensor& saliency, int64_t k, int64_t grid_h, int64_t grid_w,
+                                            int64_t target_h, int64_t target_w) {
+  require_dim(saliency, "saliency", 2, "(B, N)");
+  require_dtype(saliency, "saliency", ScalarType::Float);
+  require_contiguous(saliency, "saliency");
+  require(grid_h > 0 && grid_w > 0, "grid is (", grid_h, ", ", grid_w, "); expected two positive numbers.");
+  require(target_h > 0 && target_w > 0, "target_grid is (", target_h, ", ", target_w,
+          "); expected two positive numbers.");
+  constexpr int64_t kMostCells = int64_t{1} << 30;  // positions are 32-bit inside the kernels
+  require(grid_h <= kMostCells / grid_w && target_h <= kMostCells / target_w, "grid (", grid_h, ", ", grid_w,
+          ") or target_grid (", target_h, ", ", target_w, ") has more than ", kMostCells, " cells.");
+  require(saliency.size(1) == grid_h * grid_w, "saliency has shape ", shape_text(saliency), "; expected (B, ",
+          grid_h * grid_w, ") for a ", grid_h, " x ", grid_w, " grid.");
+  require(k >= 1 && k <= target_h * target_w, "k is ", k, "; expected 1 to ", target_h * target_w, ".");
+  SelectTokensArgs args{};
+  args.saliency = saliency.const_data_ptr<float>();
+  args.k = k;
+  args.grid_h = grid_h;
+  args.grid_w = grid_w;
+  args.target_h = target_h;
+  args.target_w = target_w;
+  args.ratio_h = static_cast<float>(static_cast<double>(grid_h) / static_cast<double>(target_h));
+  args.ratio_w = static_cast<float>(static_cast<double>(grid_w) / static_cast<double>(target_w));
+  return args;
+}
+
+}  // namespace fastmkd

@@ -1,0 +1,236 @@
+#include "core/check.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <sstream>
+#include <vector>
+
+#include "core/reference.h"
+
+namespace fastmkd::check {
+namespace {
+
+using Bytes = std::vector<std::byte>;
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+size_t as_size(int64_t n) { return static_cast<size_t>(n); }
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
+
+// Normal variates rounded to the type.
+Bytes random_values(DType dtype, int64_t count, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<double> normal;
+  Bytes bytes(as_size(count) * reference::size_of(dtype));
+  for (int64_t i = 0; i < count; ++i) reference::encode(dtype, normal(engine), bytes.data(), i);
+  return bytes;
+}
+
+// Distinct indices in random order, one row per image.
+std::vector<int64_t> random_keep(int64_t batch, int64_t patches, int64_t kept, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::vector<int64_t> keep, all(as_size(patches));
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < patches; ++i) all[as_size(i)] = i;
+    std::shuffle(all.begin(), all.end(), engine);
+    keep.insert(keep.end(), all.begin(), all.begin() + kept);
+  }
+  return keep;
+}
+
+// Same number, both NaN, or within a relative tolerance (0 = exact).
+bool close(double got, double want, double tolerance) {
+  if (std::isnan(want)) return std::isnan(got);
+  return got == want || std::fabs(got - want) <= tolerance * std::fabs(want);
+}
+
+}  // namespace
+
+Outcome cls_saliency(const Kernels& kernels, DType dtype, const SaliencyShape& shape, bool include_prefix) {
+  const int64_t tokens = shape.prefix + shape.patches;
+  // As in a ViT: q and k are views into one (batch, tokens, 3, heads, head_dim) tensor.
+  const int64_t token_stride = 3 * shape.heads * shape.head_dim;
+  const Bytes qkv = random_values(dtype, shape.batch * tokens * token_stride, 1);
+  std::vector<float> out(as_size(shape.batch * shape.patches), kNaN);
+  ClsSaliencyArgs args{};
+  args.dtype = dtype;
+  args.q = qkv.data();
+  args.k = qkv.data() + as_size(shape.heads * shape.head_dim) * reference::size_of(dtype);
+  args.q_strides[0] = args.k_strides[0] = tokens * token_stride;
+  args.q_strides[1] = args.k_strides[1] = shape.head_dim;
+  args.k_strides[2] = token_stride;
+  args.batch = shape.batch;
+  args.heads = shape.heads;
+  args.prefix = shape.prefix;
+  args.patches = shape.patches;
+  args.head_dim = shape.head_dim;
+  args.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
+  args.include_prefix = include_prefix;
+  const int64_t keys = softmax_keys(args);
+  std::vector<float> logits(as_size(shape.batch * shape.heads * keys), kNaN);
+  std::vector<float> scratch(as_size(cls_logits_scratch(args)), kNaN);
+  args.logits = logits.data();
+  args.out = out.data();
+  const int64_t split = shape.batch * keys / 3;
+  kernels.cls_logits(args, 0, split, scratch.data());
+  kernels.cls_logits(args, split, shape.batch * keys, scratch.data());
+  kernels.cls_softmax(args, 0, 1);
+  kernels.cls_softmax(args, 1, shape.batch);
+
+  const std::vector<double> want = reference::cls_saliency(args);
+  double worst = 0;
+  for (size_t i = 0; i < want.size(); ++i) worst = std::max(worst, std::fabs(out[i] - want[i]) / want[i]);
+  for (float value : out) {
+    if (std::isnan(value)) return {false, "an output element was not written"};
+  }
+  return {worst < 4e-6, text("largest relative error ", worst)};
+}
+
+Outcome select_tokens(const Kernels& kernels, const SelectShape& shape) {
+  const int64_t patches = shape.grid_h * shape.grid_w;
+  std::mt19937 engine(2);
+  std::uniform_int_distribution<int> few(-6, 6);
+  std::vector<float> saliency(as_size(shape.batch * patches));
+  for (float& value : saliency) {
+    const int draw = few(engine);
+    value = draw == 6 ? -0.0f : static_cast<float>(draw) * 0.37f;
+  }
+  std::vector<int64_t> out(as_size(shape.batch * shape.k), -1);
+  SelectTokensArgs args{};
+  args.saliency = saliency.data();
+  args.k = shape.k;
+  args.grid_h = shape.grid_h;
+  args.grid_w = shape.grid_w;
+  args.target_h = shape.target_h;
+  args.target_w = shape.target_w;
+  args.ratio_h = static_cast<float>(static_cast<double>(shape.grid_h) / static_cast<double>(shape.target_h));
+  args.ratio_w = static_cast<float>(static_cast<double>(shape.grid_w) / static_cast<double>(shape.target_w));
+  args.out = out.data();
+  Bytes scratch(as_size(select_tokens_scratch(args)) * 4, std::byte{0xff});
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    if (kernels.select_tokens(args, b, b + 1, scratch.data()) != -1) return {false, "finite values were refused"};
+  }
+  const std::vector<int64_t> want = reference::select_tokens(args, shape.batch);
+  const auto difference = std::mismatch(out.begin(), out.end(), want.begin());
+  if (difference.first != out.end()) {
+    return {false, text("element ", difference.first - out.begin(), " is ", *difference.first, ", expected ",
+                        *difference.second)};
+  }
+  for (float bad : {kNaN, std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
+    saliency.back() = bad;
+    if (kernels.select_tokens(args, 0, shape.batch, scratch.data()) != shape.batch - 1) {
+      return {false, text("the value ", bad, " was not refused")};
+    }
+  }
+  return {true, "equal"};
+}
+
+Outcome gather_patches(const Kernels& kernels, DType dtype, const PatchShape& shape) {
+  PatchArgs args{};
+  args.dtype = dtype;
+  args.channels = shape.channels;
+  args.height = shape.height;
+  args.width = shape.width;
+  args.patch_h = args.patch_w = shape.patch;
+  args.stride_h = args.stride_w = shape.stride;
+  args.grid_w = (shape.width - shape.patch) / shape.stride + 1;
+  args.kept = shape.kept;
+  const int64_t patches = ((shape.height - shape.patch) / shape.stride + 1) * args.grid_w;
+  const Bytes images = random_values(dtype, shape.batch * shape.channels * shape.height * shape.width, 3);
+  const std::vector<int64_t> keep = random_keep(shape.batch, patches, shape.kept, 4);
+  args.images = images.data();
+  args.keep = keep.data();
+  const std::vector<double> want = reference::gather_patches(args, shape.batch);
+  for (DType row_dtype : {dtype, dtype == DType::f64 ? DType::f64 : DType::f32}) {
+    Bytes rows(want.size() * reference::size_of(row_dtype), std::byte{0xff});
+    args.row_dtype = row_dtype;
+    args.rows = rows.data();
+    kernels.gather_patches(args, 0, 1);
+    kernels.gather_patches(args, 1, shape.batch * shape.kept);
+    for (size_t i = 0; i < want.size(); ++i) {
+      const double got = reference::decode(row_dtype, rows.data(), static_cast<int64_t>(i));
+      if (!close(got, want[i], 0)) return {false, text("element ", i, " is ", got, ", expected ", want[i])};
+    }
+  }
+  return {true, "equal"};
+}
+
+Outcome conversions(const Kernels& kernels) {
+  constexpr int64_t kPatterns = 1 << 16;
+  std::vector<uint16_t> patterns(kPatterns);
+  for (size_t i = 0; i < patterns.size(); ++i) patterns[i] = static_cast<uint16_t>(i);
+  for (DType dtype : {DType::bf16, DType::f16}) {
+    std::vector<float> wide(kPatterns);
+    kernels.widen(dtype, patterns.data(), wide.data(), 0, kPatterns);
+    for (int64_t i = 0; i < kPatterns; ++i) {
+      const double want = reference::decode(dtype, patterns.data(), i);
+      if (!close(wide[as_size(i)], want, 0)) return {false, text("pattern ", i, " widens to ", wide[as_size(i)])};
+    }
+    // Every representable number, the halfway points to its neighbours, and just beside those.
+    std::vector<float> inputs;
+    for (float value : wide) {
+      const float next = value * (1.0f + (dtype == DType::bf16 ? 0x1p-8f : 0x1p-11f));
+      for (float x : {value, next, std::nextafter(next, 0.0f), std::nextafter(next, 2 * next)}) inputs.push_back(x);
+    }
+    inputs.insert(inputs.end(), {65519.0f, 65520.0f, 1e30f, -1e30f, 0x1p-25f, 0x1.8p-25f, 0x1p-26f, kNaN});
+    const int64_t count = static_cast<int64_t>(inputs.size());
+    std::vector<uint16_t> got(inputs.size()), want(inputs.size());
+    kernels.narrow(dtype, inputs.data(), got.data(), 0, count);
+    for (int64_t i = 0; i < count; ++i) {
+      reference::encode(dtype, inputs[as_size(i)], want.data(), i);
+      const bool both_nan = std::isnan(reference::decode(dtype, got.data(), i)) && std::isnan(inputs[as_size(i)]);
+      if (got[as_size(i)] != want[as_size(i)] && !both_nan) {
+        return {false,
+                text(inputs[as_size(i)], " narrows to pattern ", got[as_size(i)], ", expected ", want[as_size(i)])};
+      }
+    }
+  }
+  return {true, "equal"};
+}
+
+Outcome prefill(const Kernels& kernels) {
+  constexpr int64_t kWidth = 37, kRows = 9, kPositions = 12;
+  const std::vector<int64_t> keep = random_keep(1, kPositions, kRows, 5);
+  for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
+    for (DType pos_dtype : {dtype, DType::f32}) {
+      const Bytes bias = random_values(dtype, kWidth, 6);
+      const Bytes pos = random_values(pos_dtype, kPositions * kWidth, 7);
+      for (int present = 0; present < 4; ++present) {
+        EpilogueArgs args{};
+        args.bias_dtype = dtype;
+        args.pos_dtype = pos_dtype;
+        args.bias = present & 1 ? bias.data() : nullptr;
+        args.pos = present & 2 ? pos.data() : nullptr;
+        args.keep = keep.data();
+        args.width = kWidth;
+        args.out_dtype = dtype == DType::f64 ? DType::f64 : DType::f32;
+        Bytes out(kRows * kWidth * reference::size_of(args.out_dtype), std::byte{0xff});
+        args.out = out.data();
+        kernels.prefill(args, 0, 4);
+        kernels.prefill(args, 4, kRows);
+        for (int64_t i = 0; i < kRows * kWidth; ++i) {
+          double want = 0;
+          if (present & 1) want += reference::decode(dtype, bias.data(), i % kWidth);
+          if (present & 2) {
+            want += reference::decode(pos_dtype, pos.data(), keep[as_size(i / kWidth)] * kWidth + i % kWidth);
+          }
+          const double got = reference::decode(args.out_dtype, out.data(), i);
+          if (!close(got, want, 1e-6)) return {false, text("element ", i, " is ", got, ", expected ", want)};
+        }
+      }
+    }
+  }
+  return {true, "equal"};
+}
+
+}  // namespace fastmkd::check

@@ -1,0 +1,40 @@
+// One kernel table against core/reference on random inputs: shared by self_test() and the C++ tests.
+#pragma once
+
+#include <string>
+
+#include "core/kernels.h"
+
+namespace fastmkd::check {
+
+struct Outcome {
+  bool ok;
+  std::string detail;  // the worst error found, or where the first difference is
+};
+
+struct SaliencyShape {
+  int64_t batch, heads, prefix, patches, head_dim;
+};
+
+struct SelectShape {
+  int64_t batch, grid_h, grid_w, target_h, target_w, k;
+};
+
+struct PatchShape {
+  int64_t batch, channels, height, width, patch, stride, kept;
+};
+
+Outcome cls_saliency(const Kernels& kernels, DType dtype, const SaliencyShape& shape, bool include_prefix);
+
+// Values repeat often and include both zeros, so that ties are the rule.
+Outcome select_tokens(const Kernels& kernels, const SelectShape& shape);
+
+Outcome gather_patches(const Kernels& kernels, DType dtype, const PatchShape& shape);
+
+// bf16 and f16, every 16-bit pattern to float32, and float32 back with halfway cases, overflow, infinities and NaN.
+Outcome conversions(const Kernels& kernels);
+
+// Bias and positions, alone, together and absent, in every type they may have.
+Outcome prefill(const Kernels& kernels);
+
+}  // namespace fastmkd::check

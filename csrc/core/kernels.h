@@ -1,0 +1,110 @@
+// The CPU kernels: raw pointers and strides in, no torch, no allocation, no exception, no thread.
+//
+// Every kernel takes a range [begin, end) of independent work items, so that the caller's thread pool decides how to
+// split it; a result never depends on the split. Each is compiled once per instruction set into its own namespace.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastmkd {
+
+enum class DType : int { f32, bf16, f16, f64 };
+
+struct ClsSaliencyArgs {
+  DType dtype;           // of q and k: f32, bf16 or f16
+  const void* q;         // (batch, heads, head_dim), last dimension contiguous
+  const void* k;         // (batch, heads, prefix + patches, head_dim), last dimension contiguous
+  int64_t q_strides[2];  // batch, head; in elements
+  int64_t k_strides[3];  // batch, head, token; in elements
+  int64_t batch, heads, prefix, patches, head_dim;
+  float scale;
+  bool include_prefix;
+  float* logits;  // scratch, (batch, heads, keys)
+  float* out;     // (batch, patches)
+};
+
+struct SelectTokensArgs {
+  const float* saliency;  // (batch, grid_h * grid_w), contiguous
+  int64_t k;
+  int64_t grid_h, grid_w, target_h, target_w;
+  float ratio_h, ratio_w;  // grid / target, rounded once from double
+  int64_t* out;            // (batch, k)
+};
+
+struct PatchArgs {
+  DType dtype;         // of the images
+  const void* images;  // (batch, channels, height, width), contiguous
+  int64_t channels, height, width;
+  int64_t patch_h, patch_w, stride_h, stride_w;
+  int64_t grid_w;       // patches in one row of the grid
+  const int64_t* keep;  // (batch, kept)
+  int64_t kept;
+  DType row_dtype;  // f32, or the images' own
+  void* rows;       // (batch * kept, channels * patch_h * patch_w)
+};
+
+struct EpilogueArgs {
+  DType bias_dtype, pos_dtype;
+  const void* bias;     // (width) or null
+  const void* pos;      // (positions, width) or null
+  const int64_t* keep;  // one index into pos per row
+  int64_t width;
+  DType out_dtype;  // f32 or f64
+  void* out;        // (rows, width)
+};
+
+// The helpers below are `static` because the instruction-set translation units must not export inline functions.
+
+// Keys of one head that enter the softmax.
+static inline int64_t softmax_keys(const ClsSaliencyArgs& args) {
+  return args.include_prefix ? args.prefix + args.patches : args.patches;
+}
+
+// Per-thread scratch that cls_logits needs, in floats.
+static inline int64_t cls_logits_scratch(const ClsSaliencyArgs& args) { return args.heads * args.head_dim; }
+
+static inline bool resizes(const SelectTokensArgs& args) {
+  return args.target_h != args.grid_h || args.target_w != args.grid_w;
+}
+
+// Per-thread scratch that select_tokens needs, in 4-byte words: the keys padded to the widest vector, the map resized
+// along its rows, and the row's interpolation table.
+static inline int64_t select_tokens_scratch(const SelectTokensArgs& args) {
+  const int64_t keys = args.target_h * args.target_w + 16;
+  return resizes(args) ? keys + args.grid_h * args.target_w + 4 * args.target_w : keys;
+}
+
+struct Kernels {
+  // logits[b, h, i] = scale * q[b, h] . k[b, h, i] for the flattened (batch, keys) tokens [begin, end).
+  void (*cls_logits)(const ClsSaliencyArgs& args, int64_t begin, int64_t end, float* scratch);
+  // Softmax of the logits and its sum or mean over heads, for images [begin, end). Overwrites the logits.
+  void (*cls_softmax)(const ClsSaliencyArgs& args, int64_t begin, int64_t end);
+  // Images [begin, end); returns the first one that holds a NaN or an infinity, or -1.
+  int64_t (*select_tokens)(const SelectTokensArgs& args, int64_t begin, int64_t end, void* scratch);
+  // Copies (and widens to float32 when row_dtype asks for it) the pixels of the flattened kept patches [begin, end).
+  void (*gather_patches)(const PatchArgs& args, int64_t begin, int64_t end);
+  // out[r] = bias + pos[keep[r]], absent terms count as zero, for rows [begin, end).
+  void (*prefill)(const EpilogueArgs& args, int64_t begin, int64_t end);
+  // Elements [begin, end): bf16 or f16 to float32 and back (round to nearest even).
+  void (*widen)(DType from, const void* in, float* out, int64_t begin, int64_t end);
+  void (*narrow)(DType to, const float* in, void* out, int64_t begin, int64_t end);
+};
+
+#define FASTMKD_DECLARE_KERNELS(isa)                                                              \
+  namespace isa {                                                                                 \
+  void cls_logits(const ClsSaliencyArgs& args, int64_t begin, int64_t end, float* scratch);       \
+  void cls_softmax(const ClsSaliencyArgs& args, int64_t begin, int64_t end);                      \
+  int64_t select_tokens(const SelectTokensArgs& args, int64_t begin, int64_t end, void* scratch); \
+  void gather_patches(const PatchArgs& args, int64_t begin, int64_t end);                         \
+  void prefill(const EpilogueArgs& args, int64_t begin, int64_t end);                             \
+  void widen(DType from, const void* in, float* out, int64_t begin, int64_t end);                 \
+  void narrow(DType to, const float* in, void* out, int64_t begin, int64_t end);                  \
+  }
+
+#define FASTMKD_KERNEL_TABLE(isa)                                                                              \
+  ::fastmkd::Kernels {                                                                                         \
+    ::fastmkd::isa::cls_logits, ::fastmkd::isa::cls_softmax, ::fastmkd::isa::select_tokens,                    \
+        ::fastmkd::isa::gather_patches, ::fastmkd::isa::prefill, ::fastmkd::isa::widen, ::fastmkd::isa::narrow \
+  }
+
+}  // namespace fastmkd

@@ -1,0 +1,210 @@
+#include "core/reference.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+namespace fastmkd::reference {
+namespace {
+
+double decode_half(uint16_t bits) {
+  const int exponent = (bits >> 10) & 31;
+  const int mantissa = bits & 1023;
+  double value = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+  if (exponent == 31) value = mantissa == 0 ? HUGE_VAL : std::nan("");
+  return bits & 0x8000 ? -value : value;
+}
+
+// Round to nearest even at the type's precision, by scaling one unit in the last place to 1.
+double round_to(double value, int precision, int least_exponent) {
+  if (value == 0 || !std::isfinite(value)) return value;
+  const int exponent = std::max(std::ilogb(value), least_exponent) - precision;
+  return std::ldexp(std::nearbyint(std::ldexp(value, -exponent)), exponent);
+}
+
+uint16_t encode_half(double value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const double magnitude = std::fabs(round_to(value, 10, -14));
+  uint16_t bits;
+  if (std::isnan(magnitude)) {
+    bits = 0x7e00;
+  } else if (magnitude >= 65536.0) {
+    bits = 0x7c00;
+  } else if (magnitude < std::ldexp(1.0, -14)) {
+    bits = static_cast<uint16_t>(std::ldexp(magnitude, 24));
+  } else {
+    const int exponent = std::ilogb(magnitude);
+    bits = static_cast<uint16_t>(((exponent + 14) << 10) + static_cast<int>(std::ldexp(magnitude, 10 - exponent)));
+  }
+  return static_cast<uint16_t>(bits | sign);
+}
+
+uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+template <class T>
+T read(const void* data, int64_t index) {
+  T value;
+  std::memcpy(&value, static_cast<const char*>(data) + static_cast<size_t>(index) * sizeof(T), sizeof(T));
+  return value;
+}
+
+template <class T>
+void write(T value, void* data, int64_t index) {
+  std::memcpy(static_cast<char*>(data) + static_cast<size_t>(index) * sizeof(T), &value, sizeof(T));
+}
+
+// `volatile` keeps the compiler from fusing or widening any of these operations.
+float mul(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
+float add(float a, float b) {
+  volatile float sum = a + b;
+  return sum;
+}
+
+struct Tap {
+  int64_t first, second;
+  float first_weight, second_weight;
+};
+
+Tap make_tap(int64_t target, int64_t size, float ratio) {
+  const float source = std::max(add(mul(add(static_cast<float>(target), 0.5f), ratio), -0.5f), 0.0f);
+  const int64_t first = std::min(static_cast<int64_t>(source), size - 1);
+  const int64_t second = std::min(first + 1, size - 1);
+  const float weight = first == second ? 0.0f : add(source, -static_cast<float>(first));
+  return {first, second, add(1.0f, -weight), weight};
+}
+
+}  // namespace
+
+size_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::f64:
+      return 8;
+    case DType::f32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
+double decode(DType dtype, const void* data, int64_t index) {
+  switch (dtype) {
+    case DType::f64:
+      return read<double>(data, index);
+    case DType::f32:
+      return read<float>(data, index);
+    case DType::f16:
+      return decode_half(read<uint16_t>(data, index));
+    case DType::bf16: {
+      const uint32_t bits = static_cast<uint32_t>(read<uint16_t>(data, index)) << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      return value;
+    }
+  }
+  return 0;
+}
+
+void encode(DType dtype, double value, void* data, int64_t index) {
+  switch (dtype) {
+    case DType::f64:
+      return write(value, data, index);
+    case DType::f32:
+      return write(static_cast<float>(value), data, index);
+    case DType::f16:
+      return write(encode_half(value), data, index);
+    case DType::bf16: {
+      const uint32_t bits = float_bits(static_cast<float>(round_to(value, 7, -126)));
+      return write(static_cast<uint16_t>(std::isnan(value) ? 0x7fc0 : bits >> 16), data, index);
+    }
+  }
+}
+
+std::vector<double> cls_saliency(const ClsSaliencyArgs& args) {
+  const int64_t tokens = args.prefix + args.patches;
+  const int64_t first = args.include_prefix ? 0 : args.prefix;
+  std::vector<double> out(static_cast<size_t>(args.batch * args.patches), 0.0);
+  std::vector<double> logits(static_cast<size_t>(tokens));
+  for (int64_t b = 0; b < args.batch; ++b) {
+    for (int64_t h = 0; h < args.heads; ++h) {
+      double most = -HUGE_VAL, sum = 0;
+      for (int64_t i = first; i < tokens; ++i) {
+        double product = 0;
+        for (int64_t j = 0; j < args.head_dim; ++j) {
+          product +=
+              decode(args.dtype, args.q, b * args.q_strides[0] + h * args.q_strides[1] + j) *
+              decode(args.dtype, args.k, b * args.k_strides[0] + h * args.k_strides[1] + i * args.k_strides[2] + j);
+        }
+        logits[static_cast<size_t>(i)] = static_cast<double>(args.scale) * product;
+        most = std::max(most, logits[static_cast<size_t>(i)]);
+      }
+      for (int64_t i = first; i < tokens; ++i) sum += std::exp(logits[static_cast<size_t>(i)] - most);
+      const double share = args.include_prefix ? 1.0 / static_cast<double>(args.heads) : 1.0;
+      for (int64_t i = 0; i < args.patches; ++i) {
+        const double p = std::exp(logits[static_cast<size_t>(args.prefix + i)] - most) / sum;
+        out[static_cast<size_t>(b * args.patches + i)] += share * p;
+      }
+    }
+  }
+  return out;
+}
+
+std::vector<int64_t> select_tokens(const SelectTokensArgs& args, int64_t batch) {
+  const int64_t count = args.target_h * args.target_w;
+  std::vector<int64_t> out;
+  for (int64_t b = 0; b < batch; ++b) {
+    const float* map = args.saliency + b * args.grid_h * args.grid_w;
+    std::vector<float> values(map, map + args.grid_h * args.grid_w);
+    if (resizes(args)) {
+      values.resize(static_cast<size_t>(count));
+      for (int64_t y = 0; y < args.target_h; ++y) {
+        const Tap v = make_tap(y, args.grid_h, args.ratio_h);
+        for (int64_t x = 0; x < args.target_w; ++x) {
+          const Tap h = make_tap(x, args.grid_w, args.ratio_w);
+          const auto along_row = [&](int64_t row) {
+            return add(mul(h.first_weight, map[row * args.grid_w + h.first]),
+                       mul(h.second_weight, map[row * args.grid_w + h.second]));
+          };
+          values[static_cast<size_t>(y * args.target_w + x)] =
+              add(mul(v.first_weight, along_row(v.first)), mul(v.second_weight, along_row(v.second)));
+        }
+      }
+    }
+    std::vector<int64_t> order(static_cast<size_t>(count));
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
+      return values[static_cast<size_t>(i)] > values[static_cast<size_t>(j)];
+    });
+    std::sort(order.begin(), order.begin() + args.k);
+    out.insert(out.end(), order.begin(), order.begin() + args.k);
+  }
+  return out;
+}
+
+std::vector<double> gather_patches(const PatchArgs& args, int64_t batch) {
+  std::vector<double> rows;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < args.kept; ++i) {
+      const int64_t index = args.keep[b * args.kept + i];
+      const int64_t y = index / args.grid_w * args.stride_h, x = index % args.grid_w * args.stride_w;
+      for (int64_t c = 0; c < args.channels; ++c) {
+        for (int64_t dy = 0; dy < args.patch_h; ++dy) {
+          for (int64_t dx = 0; dx < args.patch_w; ++dx) {
+            const int64_t pixel = ((b * args.channels + c) * args.height + y + dy) * args.width + x + dx;
+            rows.push_back(decode(args.dtype, args.images, pixel));
+          }
+        }
+      }
+    }
+  }
+  return rows;
+}
+
+}  // namespace fastmkd::reference

@@ -1,0 +1,25 @@
+// The kernels' definitions in plain C++ with float64 sums: slow, obvious, what the fast ones are checked against.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "core/kernels.h"
+
+namespace fastmkd::reference {
+
+// Scalar conversions, written apart from the vector ones.
+double decode(DType dtype, const void* data, int64_t index);
+void encode(DType dtype, double value, void* data, int64_t index);
+size_t size_of(DType dtype);
+
+// (batch, patches)
+std::vector<double> cls_saliency(const ClsSaliencyArgs& args);
+
+// (batch, k); the resize in float32, each operation rounded on its own.
+std::vector<int64_t> select_tokens(const SelectTokensArgs& args, int64_t batch);
+
+// (batch * kept, channels * patch_h * patch_w)
+std::vector<double> gather_patches(const PatchArgs& args, int64_t batch);
+
+}  // namespace fastmkd::reference

@@ -1,0 +1,35 @@
+#include "core/self_test.h"
+
+#include <cmath>
+#include <cstddef>
+#include <memory>
+#include <random>
+#include <sstream>
+
+#include "core/check.h"
+#include "core/dispatch.h"
+
+namespace fastmkd {
+
+std::vector<SelfTestResult> self_test() {
+  std::vector<SelfTestResult> results;
+  const auto record = [&](Isa isa, const char* name, const check::Outcome& outcome) {
+    results.push_back({std::string(isa_name(isa)) + "/" + name, outcome.ok, outcome.detail});
+  };
+  for (Isa isa : available_isas()) {
+    const Kernels& table = kernels(isa);
+    for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      for (bool include_prefix : {false, true}) {
+        record(isa, "cls_saliency", check::cls_saliency(table, dtype, {2, 3, 2, 50, 36}, include_prefix));
+      }
+      record(isa, "gather_patches", check::gather_patches(table, dtype, {2, 3, 24, 30, 6, 5, 4}));
+    }
+    record(isa, "select_tokens", check::select_tokens(table, {3, 7, 9, 7, 9, 31}));
+    record(isa, "select_tokens resized", check::select_tokens(table, {3, 7, 9, 12, 5, 31}));
+    record(isa, "conversions", check::conversions(table));
+    record(isa, "prefill", check::prefill(table));
+  }
+  return results;
+}
+
+}  // namespace fastmkd

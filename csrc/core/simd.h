@@ -1,0 +1,148 @@
+// One vector of floats for the instruction set this file is compiled for, on the compiler's portable vector types.
+//
+// Everything here has internal linkage and nothing comes from the C++ standard library: a copy of an inline function
+// compiled for AVX-512 must never be the one that the linker keeps for the whole program.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__AVX512BF16__) || defined(FASTMKD_EMULATE_AVX512_BF16)
+#include <immintrin.h>
+#endif
+
+#include "core/kernels.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Shorts __attribute__((vector_size(kLanes * 2)));
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class Vector, class Scalar>
+inline Vector load_raw(const Scalar* from) {
+  Vector to;
+  __builtin_memcpy(&to, from, sizeof(Vector));
+  return to;
+}
+
+template <class Vector, class Scalar>
+inline void store_raw(Scalar* to, Vector from) {
+  __builtin_memcpy(to, &from, sizeof(Vector));
+}
+
+inline Floats splat(float x) { return Floats{} + x; }
+inline Words splat_word(uint32_t x) { return Words{} + x; }
+
+inline Floats load(const float* from) { return load_raw<Floats>(from); }
+
+inline Floats load(const Bf16* from) {
+  return bit_cast<Floats>(__builtin_convertvector(load_raw<Shorts>(from), Words) << 16);
+}
+
+// Exact for every half, subnormals included: the exponent is rebased by a multiplication.
+inline Floats load(const Half* from) {
+  const Words half = __builtin_convertvector(load_raw<Shorts>(from), Words);
+  const Words sign = (half & 0x8000u) << 16;
+  const Words magnitude = (half & 0x7fffu) << 13;
+  const Words rebased = bit_cast<Words>(bit_cast<Floats>(magnitude) * 0x1p112f);
+  const Words special = magnitude | 0x7f800000u;  // infinity or NaN
+  return bit_cast<Floats>((magnitude >= 0x0f800000u ? special : rebased) | sign);
+}
+
+inline void store(float* to, Floats x) { store_raw(to, x); }
+
+// Round to nearest even; a NaN becomes the quiet NaN.
+inline void store(Bf16* to, Floats x) {
+  const Words bits = bit_cast<Words>(x);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words quiet = splat_word(0x7fc0u);
+  store_raw(to, __builtin_convertvector(x != x ? quiet : rounded, Shorts));
+}
+
+inline void store(Half* to, Floats x) {
+  const Words bits = bit_cast<Words>(x);
+  const Words sign = (bits >> 16) & 0x8000u;
+  const Words magnitude = bits & 0x7fffffffu;
+  // Exponent bias 127 -> 15, then the 13 bits that do not fit are rounded off.
+  const Words normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14, adding 0.5 lets the adder round to a multiple of 2^-24.
+  const Words subnormal = bit_cast<Words>(bit_cast<Floats>(magnitude) + 0.5f) - 0x3f000000u;
+  const Words finite = magnitude < 0x38800000u ? subnormal : normal;
+  const Words infinite = splat_word(0x7c00u);
+  const Words quiet = splat_word(0x7e00u);
+  const Words overflow = magnitude > 0x7f800000u ? quiet : infinite;
+  store_raw(to, __builtin_convertvector((magnitude >= 0x47800000u ? overflow : finite) | sign, Shorts));
+}
+
+// The first `count` < kLanes elements; the others are zero, or left alone.
+template <class T>
+inline Floats load_part(const T* from, int64_t count) {
+  T buffer[kLanes] = {};
+  __builtin_memcpy(buffer, from, static_cast<uint64_t>(count) * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+inline void store_part(T* to, Floats x, int64_t count) {
+  T buffer[kLanes];
+  store(buffer, x);
+  __builtin_memcpy(to, buffer, static_cast<uint64_t>(count) * sizeof(T));
+}
+
+inline Floats maximum(Floats x, Floats y) { return x < y ? y : x; }
+
+// Adds the upper half to the lower one; compilers turn the copy into a register extract.
+template <class Part, class Vector>
+inline Part fold(Vector x) {
+  static_assert(2 * sizeof(Part) == sizeof(Vector), "a part is one half");
+  Part parts[2];
+  __builtin_memcpy(parts, &x, sizeof x);
+  return parts[0] + parts[1];
+}
+
+inline float reduce_add(Floats x) {
+#if defined(__AVX512F__)
+  const Floats4 sum = fold<Floats4>(fold<Floats8>(x));
+#elif defined(__AVX2__)
+  const Floats4 sum = fold<Floats4>(x);
+#else
+  const Floats4 sum = x;
+#endif
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+inline float reduce_max(Floats x) {
+  float result = x[0];
+  for (int i = 1; i < kLanes; ++i) {
+    if (result < x[i]) result = x[i];
+  }
+  return result;
+}
+
+}  // namespace

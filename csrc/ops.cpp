@@ -1,0 +1,11 @@
+// Declares the compiled entry points. The CPU and the CUDA library both link this one, so each schema exists exactly
+// once whichever of them is loaded, and in whichever order. A test compares the schemas with fastmkd/ops.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastmkd_native, m) {
+  m.def("cls_saliency(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool include_prefix) -> Tensor");
+  m.def("select_tokens(Tensor saliency, int k, int grid_h, int grid_w, int target_h, int target_w) -> Tensor");
+  m.def(
+      "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos, Tensor keep, int stride_h, int stride_w) "
+      "-> Tensor");
+}

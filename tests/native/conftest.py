@@ -1,0 +1,44 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run_command(*command, **env):
+    """Runs a command with `env` on top of this process's; on failure its output is the message."""
+    done = subprocess.run(
+        list(map(str, command)), env={**os.environ, **env}, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, f"{command} returned {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def run():
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def child():
+    """Runs Python code in a process of its own and returns what it prints."""
+    return lambda code, **env: run_command(sys.executable, "-c", code, **env).strip()
+
+
+@pytest.fixture(scope="session")
+def root():
+    return Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def native():
+    """The compiled Python module."""
+    return pytest.importorskip("fastmkd._native", reason="the compiled libraries were not built")
+
+
+@pytest.fixture
+def restore_isa(native):
+    before = native.active_isa()
+    yield native
+    native.set_isa(before)

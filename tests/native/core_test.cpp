@@ -1,0 +1,117 @@
+// The plain-C++ core on every instruction set of this machine; run by ctest, needs neither Python nor torch.
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/check.h"
+#include "core/dispatch.h"
+#include "core/self_test.h"
+
+namespace {
+
+using namespace fastmkd;
+
+int failures = 0;
+
+void expect(bool ok, const std::string& what) {
+  std::printf("%s %s\n", ok ? "ok  " : "FAIL", what.c_str());
+  failures += !ok;
+}
+
+void expect(const check::Outcome& outcome, const std::string& what) {
+  expect(outcome.ok, what + ": " + outcome.detail);
+}
+
+std::string refusal(const std::string& isa) {
+  try {
+    set_isa(isa);
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "";
+}
+
+void test_isa_override() {
+  for (Isa isa : available_isas()) {
+    set_isa(isa_name(isa));
+    expect(active_isa() == isa, std::string("set_isa(") + isa_name(isa) + ")");
+  }
+  expect(refusal("sse9").find("does not exist") != std::string::npos, "an unknown instruction set is refused");
+#if defined(__x86_64__)
+  expect(refusal("neon").find("not compiled") != std::string::npos,
+         "another architecture's instruction set is refused");
+#endif
+}
+
+// A default of FASTMKD_ISA=nonsense must be an error, not a silent choice. Runs before anything reads the setting.
+void test_isa_environment() {
+  setenv("FASTMKD_ISA", "nonsense", 1);
+  std::string message;
+  try {
+    active_isa();
+  } catch (const std::invalid_argument& error) {
+    message = error.what();
+  }
+  expect(message.find("nonsense") != std::string::npos, "FASTMKD_ISA=nonsense is refused: " + message);
+  setenv("FASTMKD_ISA", "generic", 1);
+  expect(active_isa() == Isa::generic, "FASTMKD_ISA=generic");
+}
+
+void test_kernels(Isa isa) {
+  const Kernels& table = kernels(isa);
+  const std::string name = std::string(isa_name(isa)) + " ";
+  for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    for (bool prefix : {false, true}) {
+      for (int64_t dim : {1, 8, 31, 64, 80}) {
+        for (int64_t patches : {1, 15, 49, 196}) {
+          expect(check::cls_saliency(table, dtype, {2, 3, 1 + patches % 3, patches, dim}, prefix),
+                 name + "cls_saliency dim " + std::to_string(dim) + " patches " + std::to_string(patches));
+        }
+      }
+    }
+    expect(check::gather_patches(table, dtype, {3, 3, 32, 48, 16, 16, 6}), name + "gather_patches 16x16");
+    expect(check::gather_patches(table, dtype, {2, 1, 20, 33, 7, 3, 11}), name + "gather_patches overlapping");
+  }
+  expect(check::gather_patches(table, DType::f64, {2, 3, 12, 12, 4, 4, 5}), name + "gather_patches f64");
+  for (int64_t side : {1, 4, 7, 14, 24, 64}) {
+    const int64_t patches = side * side;
+    for (int64_t k : {int64_t{1}, patches / 2, patches - 1, patches}) {
+      if (k < 1) continue;
+      expect(check::select_tokens(table, {2, side, side, side, side, k}),
+             name + "select_tokens " + std::to_string(k) + " of " + std::to_string(patches));
+    }
+    expect(check::select_tokens(table, {2, side, side, 16, 10, 80}), name + "select_tokens to 16 x 10");
+    expect(check::select_tokens(table, {2, 5, 11, side, side + 1, side}), name + "select_tokens from 5 x 11");
+  }
+  expect(check::conversions(table), name + "conversions");
+  expect(check::prefill(table), name + "prefill");
+}
+
+// Two threads switch and run at once: what the thread sanitizer looks at.
+void test_threads() {
+  std::vector<std::thread> threads;
+  std::vector<check::Outcome> outcomes(4);
+  for (size_t i = 0; i < outcomes.size(); ++i) {
+    threads.emplace_back([i, &outcomes] {
+      set_isa(isa_name(available_isas()[i % available_isas().size()]));
+      outcomes[i] = check::select_tokens(kernels(), {4, 14, 14, 16, 16, 100});
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const check::Outcome& outcome : outcomes) expect(outcome, "two threads");
+}
+
+}  // namespace
+
+int main() {
+  test_isa_environment();
+  test_isa_override();
+  for (Isa isa : available_isas()) test_kernels(isa);
+  for (const SelfTestResult& result : self_test()) expect(result.ok, "self_test " + result.name + ": " + result.detail);
+  test_threads();
+  std::printf("%d failed\n", failures);
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
