@@ -115,7 +115,8 @@ class Op:
         if self.check_values is not None:
             for condition, sentence in self.check_values(*args):
                 _assert_values(condition, sentence)
-        with ranges.annotate(self.name):
+        # The caller has settled the dtypes; autocast would lower them again inside the reference.
+        with torch.autocast(args[0].device.type, enabled=False), ranges.annotate(self.name):
             return choice.choose(self, args).run(*args)
 
 

@@ -1,0 +1,170 @@
+"""From pixels to the first block's input in a timm ViT, for the kept patches only.
+
+Positions are added to the patches they belong to, and prefix tokens (CLS, distillation, registers) always stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..ops import patch_embed
+
+__all__ = ["check_images", "embed_all", "embed_kept", "patch_grid", "why_not_maskable"]
+
+_KNOWN_POSITIONS = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embed)
+
+
+def why_not_maskable(model: Any) -> str | None:
+    """Says why patches of this model cannot be left out, or None when they can.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> why_not_maskable(nn.Linear(2, 2))
+        'Linear is not a timm VisionTransformer (ViT, DeiT, DeiT III, CLIP, ...)'
+    """
+    kind = type(model).__name__
+    if not isinstance(model, VisionTransformer):
+        if any("rel_pos" in name or "relative_position" in name for name, _ in model.named_modules()) or any(
+            "rel_pos" in name or "relative_position" in name for name, _ in model.named_parameters()
+        ):
+            return f"{kind} adds a relative position bias between all patches, so none can be left out"
+        return f"{kind} is not a timm VisionTransformer (ViT, DeiT, DeiT III, CLIP, ...)"
+    if type(model)._pos_embed not in _KNOWN_POSITIONS:
+        return f"{kind} has its own way of adding positions (_pos_embed), which MaskedViT does not know"
+    proj = getattr(model.patch_embed, "proj", None)
+    if type(model.patch_embed).forward is not PatchEmbed.forward or type(proj) is not nn.Conv2d:
+        return f"its patch_embed ({type(model.patch_embed).__name__}) is not one convolution over separate patches"
+    if proj.padding not in ((0, 0), "valid") or proj.dilation != (1, 1) or proj.groups != 1:
+        return "its patch convolution has padding, dilation or groups, so patches are not independent"
+    if len(model.blocks) == 0:
+        return "it has no blocks"
+    return None
+
+
+def check_images(model: Any, images: Tensor) -> None:
+    """Raises ValueError or TypeError unless `images` is a batch that `model` can take.
+
+    Args:
+        model: a maskable timm ViT.
+        images: should be ``(B, C, H, W)`` floating point.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images is a {type(images).__name__}; expected a (B, C, H, W) tensor.")
+    if not images.is_floating_point():
+        raise TypeError(f"images has dtype {images.dtype}; expected floating point, for example images.float() / 255.")
+    embed = model.patch_embed
+    channels = embed.proj.in_channels
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise ValueError(f"images has shape {tuple(images.shape)}; expected (B, {channels}, H, W).")
+    height, width = images.shape[-2:]
+    if getattr(embed, "strict_img_size", True) and embed.img_size is not None:
+        if (height, width) != tuple(embed.img_size):
+            raise ValueError(
+                f"images is {height} x {width} pixels but the model takes {embed.img_size[0]} x {embed.img_size[1]}; "
+                "resize the images, or create the model with dynamic_img_size=True."
+            )
+    elif not getattr(embed, "dynamic_img_pad", False) and (height % embed.patch_size[0] or width % embed.patch_size[1]):
+        raise ValueError(
+            f"images is {height} x {width} pixels, which the patch size {tuple(embed.patch_size)} does not divide; "
+            "resize or pad the images."
+        )
+
+
+def patch_grid(model: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Returns ``(gh, gw)``, the patch grid of images of ``(H, W)`` pixels.
+
+    Args:
+        model: a maskable timm ViT.
+        size: ``(H, W)`` pixels, as `check_images` allows.
+    """
+    proj = model.patch_embed.proj
+    pad_h, pad_w = _padding(model.patch_embed, size)
+    return (
+        (size[0] + pad_h - proj.kernel_size[0]) // proj.stride[0] + 1,
+        (size[1] + pad_w - proj.kernel_size[1]) // proj.stride[1] + 1,
+    )
+
+
+def embed_all(model: Any, images: Tensor) -> Tensor:
+    """Embeds every patch as the model itself does: ``(B, C, H, W)`` -> ``(B, P + N, D)``, the first block's input.
+
+    Args:
+        model: a maskable timm ViT.
+        images: ``(B, C, H, W)``.
+    """
+    return model.norm_pre(_patch_drop(model)(model._pos_embed(model.patch_embed(images))))
+
+
+def embed_kept(model: Any, images: Tensor, keep: Tensor) -> Tensor:
+    """Embeds the kept patches only: ``(B, C, H, W)``, ``(B, k)`` -> ``(B, P + k, D)``, the first block's input.
+
+    Pixels are gathered before the projection, and positions are added within the same op where the model adds them
+    directly to the projection.
+
+    Args:
+        model: a maskable timm ViT.
+        images: ``(B, C, H, W)``.
+        keep: ``(B, k)`` int64 patch indices, row-major over the grid, no repeats.
+
+    Raises:
+        ValueError: `keep` has a wrong shape, or an index out of range or repeated (on a GPU an asynchronous assert).
+        TypeError: `keep` is not int64.
+    """
+    embed, proj = model.patch_embed, model.patch_embed.proj
+    grid = patch_grid(model, (images.shape[-2], images.shape[-1]))
+    pad_h, pad_w = _padding(embed, (images.shape[-2], images.shape[-1]))
+    if pad_h or pad_w:
+        images = F.pad(images, (0, pad_w, 0, pad_h))
+    prefix, positions = _prefix_and_positions(model, grid)
+    plain = isinstance(getattr(embed, "norm", None), (nn.Identity, type(None)))
+    x = patch_embed(images, proj.weight, proj.bias, positions if plain else None, keep, proj.stride)  # (B, k, D)
+    if not plain:
+        x = embed.norm(x)
+        if positions is not None:
+            x = x + positions[keep]
+    if prefix is not None:
+        x = torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1)
+    if positions is not None:
+        x = model.pos_drop(x)
+    return model.norm_pre(_patch_drop(model)(x))
+
+
+def _prefix_and_positions(model: Any, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+    """Prefix tokens ``(1, P, D)`` with positions added, and patches' positions ``(N, D)``; None if there are none."""
+    second = "dist_token" if isinstance(model, VisionTransformerDistilled) else "reg_token"
+    tokens = [token for token in (model.cls_token, getattr(model, second, None)) if token is not None]
+    prefix = torch.cat(tokens, dim=1) if tokens else None
+    positions = model.pos_embed
+    if positions is None:
+        return prefix, None
+    embedded_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    if model.dynamic_img_size:
+        positions = resample_abs_pos_embed(
+            positions,
+            new_size=list(grid),
+            old_size=list(model.patch_embed.grid_size),
+            num_prefix_tokens=embedded_prefix,
+        )
+    if embedded_prefix and prefix is not None:
+        prefix = prefix + positions[:, :embedded_prefix]
+    return prefix, positions[0, embedded_prefix:]
+
+
+def _padding(embed: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows below and columns to the right that a dynamic_img_pad model adds."""
+    if not getattr(embed, "dynamic_img_pad", False):
+        return 0, 0
+    return -size[0] % embed.patch_size[0], -size[1] % embed.patch_size[1]
+
+
+def _patch_drop(model: Any) -> nn.Module:
+    return getattr(model, "patch_drop", None) or nn.Identity()

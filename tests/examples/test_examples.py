@@ -1,0 +1,48 @@
+"""Every example runs to its end and says what it promises to say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RUNS = {
+    "bare_loop.py": (["--steps", "60"], ("sklearn",), r"student accuracy (0\.\d+)"),
+    "lightning.py": (["--steps", "3"], ("sklearn", "pytorch_lightning"), r"accuracy \S+ ce (\d+\.\d+) kd \d"),
+    "hf_trainer.py": (["--steps", "3"], ("sklearn", "transformers", "accelerate"), r"training loss (\d+\.\d+)"),
+    "timm_loop.py": (["--steps", "2", "--batch", "2", "--device", "cpu"], (), r"step 1 ce (\d+\.\d+) kd \d"),
+}
+
+
+def test_every_example_is_run():
+    assert sorted(RUNS) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_example(name, tmp_path):
+    arguments, packages, promise = RUNS[name]
+    for package in packages:
+        pytest.importorskip(package)
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # tiny models: threads only wait for each other
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert run.returncode == 0, run.stderr
+    number = re.search(promise, run.stdout)
+    assert number, run.stdout
+    if name == "bare_loop.py":
+        assert float(number[1]) > 0.3  # chance is 0.1
+
+
+def test_examples_are_short():
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) < 80, path.name
