@@ -1,0 +1,183 @@
+"""From a recipe to the objects of a run: data, student, teacher, method."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..methods import DistillMethod
+from .data import DataSource, load_data
+from .errors import UserError
+from .models import build_model, method_arguments, model_kwargs
+from .recipe import identity, load_recipe
+from .rundir import RunDir
+from .schema import ModelRecipe, Recipe, TeacherRecipe
+from .seeds import seed_all
+
+__all__ = ["Setup", "assemble", "build_method", "find_teacher", "teacher_recipe", "trained_student"]
+
+
+@dataclass
+class Setup:
+    """The objects of a run.
+
+    Attributes:
+        recipe: where they come from.
+        source: data set.
+        student: the network to train.
+        teacher: the network to learn from, or None.
+        method: holds both.
+        identity: what the run is, including which teacher weights.
+        description: what the run's folder keeps so that the student can be rebuilt without the data.
+    """
+
+    recipe: Recipe
+    source: DataSource
+    student: nn.Module
+    teacher: nn.Module | None
+    method: DistillMethod
+    identity: dict[str, Any]
+    description: dict[str, Any]
+
+
+def assemble(recipe: Recipe, train: Callable[[Recipe], Any]) -> Setup:
+    """Makes data, networks and method; the student's first weights depend on the seed alone.
+
+    Args:
+        recipe: what to make.
+        train: called with the teacher's recipe if that has to be trained first.
+
+    Raises:
+        UserError: anything in the recipe that does not fit.
+    """
+    source = load_data(recipe.data)
+    teacher = None
+    own_identity = identity(recipe)
+    if recipe.teacher is not None:
+        found = find_teacher(recipe, train)
+        teacher = build_model(found, model_kwargs(found, source), "teacher")
+        if found.weights is not None:
+            digest = hashlib.sha256(Path(found.weights).read_bytes()).hexdigest()
+            own_identity = {**own_identity, "teacher.weights": digest[:16]}
+    seed_all(recipe.seed, "student")
+    kwargs = model_kwargs(recipe.student, source)
+    student = build_model(recipe.student, kwargs, "student")
+    seed_all(recipe.seed, "method")
+    method = build_method(recipe, student, teacher)
+    description = {
+        "recipe": dataclasses.asdict(recipe),
+        "student": {"name": recipe.student.name, "kwargs": kwargs},
+        "data": {
+            "name": recipe.data.name,
+            "classes": source.classes,
+            "channels": source.channels,
+            "image_size": source.image_size,
+            "mean": source.mean,
+            "std": source.std,
+        },
+    }
+    return Setup(recipe, source, student, teacher, method, own_identity, description)
+
+
+def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None) -> DistillMethod:
+    """Makes the method of a recipe around its networks.
+
+    Args:
+        recipe: names the method.
+        student: the network to train.
+        teacher: the network to learn from, or None.
+
+    Raises:
+        UserError: the method refuses its arguments or the networks.
+    """
+    module, _, name = recipe.method.class_path.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)  # the parser has checked that it is a DistillMethod
+    try:
+        method = kind(**method_arguments(kind, student, teacher), **recipe.method.init_args)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"method {kind.__name__} does not fit: {error}") from error
+    assert isinstance(method, DistillMethod)
+    return method
+
+
+def teacher_recipe(recipe: Recipe) -> Recipe | None:
+    """Returns the recipe that trains the teacher of a recipe, None if the teacher does not come from one.
+
+    The teacher's run lies in the same root and runs on the same device; it finds its data where this one does.
+
+    Args:
+        recipe: of the student.
+    """
+    teacher = recipe.teacher
+    if teacher is None or teacher.recipe is None:
+        return None
+    loaded = load_recipe(teacher.recipe, changes=teacher.options)
+    loaded.run.root = recipe.run.root
+    loaded.run.device = recipe.run.device
+    loaded.run.tensorboard = recipe.run.tensorboard
+    loaded.data.workers = recipe.data.workers
+    if loaded.data.name == recipe.data.name:
+        loaded.data.root = loaded.data.root or recipe.data.root
+        loaded.data.download = loaded.data.download or recipe.data.download
+    return loaded
+
+
+def find_teacher(recipe: Recipe, train: Callable[[Recipe], Any]) -> TeacherRecipe | ModelRecipe:
+    """Returns name, arguments and weights of the teacher; trains it first if its recipe has no finished run.
+
+    Args:
+        recipe: of the student.
+        train: called with the teacher's recipe if that has to be trained.
+
+    Raises:
+        UserError: the teacher has no weights, or the folder of its run belongs to another recipe.
+    """
+    teacher = recipe.teacher
+    assert teacher is not None
+    of_teacher = teacher_recipe(recipe)
+    if of_teacher is None:
+        if teacher.weights is None and not teacher.pretrained:
+            raise UserError(
+                f"the teacher {teacher.name} has no weights: give teacher.weights, or teacher.recipe (a recipe that "
+                "trains it), or teacher.pretrained: true to let timm download them."
+            )
+        return teacher
+    weights = teacher.weights
+    if weights is None:
+        train(of_teacher)  # says so, and returns at once if that run has finished
+        weights = str(RunDir(of_teacher.run_dir).weights)
+    return ModelRecipe(of_teacher.student.name, of_teacher.student.kwargs, weights)
+
+
+def trained_student(run: RunDir, weights: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuilds the student of a finished run without its data.
+
+    Args:
+        run: folder of the run.
+        weights: other weights than the run's own.
+
+    Returns:
+        The student in eval mode, and the run's ``recipe.json``.
+
+    Raises:
+        UserError: the folder is not that of a run, or it has not finished.
+    """
+    description = run.description()
+    if description is None:
+        raise UserError(f"{run.path} is not the folder of a run: it has no recipe.json; train a recipe first.")
+    if weights is None and run.result() is None:
+        raise UserError(f"the run in {run.path} has not finished; the same fastmkd train command goes on with it.")
+    recipe = ModelRecipe(description["student"]["name"], weights=weights or str(run.weights))
+    with torch.random.fork_rng(devices=[]):
+        student = build_model(recipe, description["student"]["kwargs"], "student")
+    return student.eval(), description

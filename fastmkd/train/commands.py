@@ -1,0 +1,115 @@
+"""The commands that are only a few lines: train, eval, env."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+__all__ = ["env", "evaluate", "train"]
+
+
+def train(argv: Sequence[str]) -> int:
+    """``fastmkd train RECIPE.yaml [--key=value ...]``.
+
+    Args:
+        argv: after the command's name.
+
+    Raises:
+        UserError: see `fastmkd.train.engine.train`.
+    """
+    from .engine import train as run
+    from .recipe import load_recipe, recipe_parser
+
+    if not argv or argv[0] in ("-h", "--help"):
+        recipe_parser().print_help()
+        return 0 if argv else 2
+    if argv[0].startswith("-"):
+        raise UserError(f"the recipe must come before {argv[0]}: fastmkd train RECIPE.yaml --key=value.")
+    report(run(load_recipe(argv[0], argv[1:])))
+    return 0
+
+
+def report(result: dict[str, Any]) -> None:
+    """Prints the final table of a run, on the main process.
+
+    Args:
+        result: what `fastmkd.train.engine.train` returns.
+    """
+    from accelerate.state import PartialState
+    from rich.console import Console
+    from rich.table import Table
+
+    if not PartialState().is_main_process:
+        return
+    table = Table(title=result["name"], show_header=False)
+    rows = {
+        "test top-1": f"{result['top1']:.2f} %",
+        "test top-5": f"{result['top5']:.2f} %",
+        "epochs": str(result["epochs"]),
+        "training speed": f"{result['images_per_second']:.0f} images/s",
+        "update": f"{result['milliseconds_per_update']:.1f} ms",
+        "time": f"{result['seconds']:.0f} s",
+        "weights": result["weights"],
+    }
+    if result["bad_pictures"]:
+        rows["unreadable pictures"] = f"{len(result['bad_pictures'])} skipped, named in result.json"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """``fastmkd eval RUN [--weights FILE] [--root FOLDER]``: tests the student of a finished run again.
+
+    Args:
+        argv: after the command's name.
+    """
+    from jsonargparse import ArgumentParser
+
+    from .augment import Finisher
+    from .build import trained_student
+    from .data import load_data
+    from .engine import make_accelerator
+    from .evaluate import evaluate as test
+    from .loading import Loader
+    from .recipe import recipe_from_dict
+    from .rundir import RunDir
+
+    parser = ArgumentParser(prog="fastmkd eval", exit_on_error=False, description="Tests a finished run again.")
+    parser.add_argument("run", type=str, help="folder of a finished run")
+    parser.add_argument("--weights", type=str | None, help="other weights than the run's own")
+    parser.add_argument("--root", type=str | None, help="folder of the data, if it is not where the run had it")
+    arguments = parser.parse_args(list(argv))
+    student, description = trained_student(RunDir(Path(arguments.run)), arguments.weights)
+    recipe = recipe_from_dict(description["recipe"])
+    if arguments.root is not None:
+        recipe.data.root = arguments.root
+    source = load_data(recipe.data)
+    accelerator = make_accelerator(recipe)
+    loader = Loader(source.test, recipe.data, None, source.image_size, accelerator.device, recipe.seed)
+    finish = Finisher(source.mean, source.std, source.num_classes)
+    size = recipe.data.eval_batch_size
+    scores = test(student.to(accelerator.device), loader, finish, len(source.test), size, accelerator)
+    skipped = f", {len(loader.bad)} unreadable pictures skipped" if loader.bad else ""
+    accelerator.print(
+        f"top-1 {scores['top1']:.2f} %  top-5 {scores['top5']:.2f} %  loss {scores['loss']:.4f}  "
+        f"on {scores['images']:.0f} pictures{skipped}"
+    )
+    return 0
+
+
+def env(argv: Sequence[str]) -> int:
+    """``fastmkd env``: what is installed, built and active.
+
+    Args:
+        argv: nothing is expected.
+    """
+    import fastmkd
+
+    if argv:
+        raise UserError(f"fastmkd env takes no arguments, got {' '.join(argv)}.")
+    fastmkd.show_config()
+    return 0

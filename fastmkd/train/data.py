@@ -1,0 +1,235 @@
+"""Data sets by name: pictures, classes, normalisation. A missing file says where it may come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import UserError, shorten
+from .idx import read_idx
+from .pictures import FilePictures, TensorPictures, find_classes
+from .schema import DataRecipe
+from .seeds import generator
+
+__all__ = ["DATASETS", "DataSource", "load_data"]
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SPLIT_SEED = 0  # a split belongs to the data set, not to the run: runs with other seeds must stay comparable
+
+
+@dataclass
+class DataSource:
+    """A data set, ready to train and test on.
+
+    Attributes:
+        train: pictures to train on.
+        test: pictures to test on.
+        classes: their names, in the order of the labels.
+        channels: of a picture.
+        image_size: side in pixels that the networks get.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel.
+    """
+
+    train: TensorPictures | FilePictures
+    test: TensorPictures | FilePictures
+    classes: list[str]
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes."""
+        return len(self.classes)
+
+
+def load_data(recipe: DataRecipe) -> DataSource:
+    """Finds and opens the data set of a recipe.
+
+    Args:
+        recipe: the recipe's part `data`.
+
+    Raises:
+        UserError: unknown name, files missing or damaged, an empty folder, a normalisation of the wrong length.
+
+    Example:
+        >>> source = load_data(DataRecipe(name="digits"))
+        >>> len(source.train), len(source.test), source.channels, source.image_size
+        (1437, 360, 1, 8)
+    """
+    if recipe.name not in DATASETS:
+        raise UserError(f"data.name is {recipe.name!r}; known are {', '.join(DATASETS)}.")
+    source = DATASETS[recipe.name](recipe)
+    if recipe.image_size is not None:
+        source.image_size = recipe.image_size
+        for part in ("train", "test"):
+            pictures = getattr(source, part)
+            if isinstance(pictures, TensorPictures):
+                setattr(source, part, pictures.resized(recipe.image_size))
+    for name in ("mean", "std"):
+        values = getattr(recipe, name)
+        if values is None:
+            continue
+        if len(values) != source.channels or (name == "std" and min(values) <= 0):
+            raise UserError(
+                f"data.{name} is {values}; expected {source.channels} numbers (std above 0), one a channel."
+            )
+        setattr(source, name, tuple(values))
+    if recipe.limit is not None and recipe.limit < len(source.train):
+        order = torch.randperm(len(source.train), generator=generator(SPLIT_SEED, "limit"))
+        source.train = source.train.subset(order[: recipe.limit])
+    return source
+
+
+def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Splits picture indices so that each class gives `fraction` of its pictures (at least one) to the test part.
+
+    Args:
+        labels: ``(N,)`` int64.
+        fraction: above 0, below 1.
+
+    Returns:
+        Indices to train on and to test on, both ascending; the same ones every time.
+
+    Example:
+        >>> train, test = stratified_split(torch.tensor([0, 0, 1, 1]), 0.5)
+        >>> len(train), len(test)
+        (2, 2)
+    """
+    train, test = [], []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator(SPLIT_SEED, "split", label))]
+        count = max(1, round(fraction * len(members)))
+        test.append(members[:count])
+        train.append(members[count:])
+    return torch.cat(train).sort().values, torch.cat(test).sort().values
+
+
+def _digits(recipe: DataRecipe) -> DataSource:
+    """1,797 handwritten digits of 8 x 8 pixels with 17 grey levels, from scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8)[:, None]
+    pictures = TensorPictures(images, torch.from_numpy(digits.target).long())
+    train, test = stratified_split(pictures.labels, recipe.test_fraction)
+    return DataSource(
+        pictures.subset(train), pictures.subset(test), [str(i) for i in range(10)], 1, 8, (0.3053,), (0.3760,)
+    )
+
+
+FASHION_CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+
+
+def _fashion_mnist(recipe: DataRecipe) -> DataSource:
+    """70,000 pieces of clothing, 28 x 28 grey pixels, from IDX files."""
+    root = Path(recipe.root or "data")
+    if recipe.download:
+        from torchvision.datasets import FashionMNIST
+
+        FashionMNIST(str(root), download=True)
+    folders = [root, root / "FashionMNIST" / "raw", root / "fashion-mnist"]  # ours, torchvision's, Debian's layout
+    if recipe.root is None:
+        folders.append(DEBIAN_FASHION_MNIST)
+    parts = []
+    for split in ("train", "t10k"):
+        images = read_idx(_find_idx(folders, f"{split}-images-idx3-ubyte"), num_dims=3)
+        labels = read_idx(_find_idx(folders, f"{split}-labels-idx1-ubyte"), num_dims=1).long()
+        if len(labels) != len(images):
+            raise UserError(f"Fashion-MNIST's {split} part has {len(images)} pictures but {len(labels)} labels.")
+        if labels.max() >= len(FASHION_CLASSES):
+            raise UserError(f"Fashion-MNIST's {split} labels go up to {int(labels.max())}; expected 0 to 9.")
+        parts.append(TensorPictures(images[:, None], labels))
+    return DataSource(parts[0], parts[1], FASHION_CLASSES, 1, parts[0].images.shape[-1], (0.2860,), (0.3530,))
+
+
+def _find_idx(folders: list[Path], name: str) -> Path:
+    for folder in folders:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return path
+    looked = ", ".join(map(str, folders))
+    raise UserError(
+        f"Fashion-MNIST's file {name} (or .gz) is in none of {looked}. Install Debian's package dataset-fashion-mnist, "
+        "point data.root at a folder that has the four files, or set data.download: true."
+    )
+
+
+def _cifar(recipe: DataRecipe) -> DataSource:
+    """60,000 colour pictures of 32 x 32 pixels in 10 or 100 classes, through torchvision (which checks the files)."""
+    from torchvision import datasets
+
+    kind, title = (datasets.CIFAR10, "CIFAR-10") if recipe.name == "cifar10" else (datasets.CIFAR100, "CIFAR-100")
+    root = recipe.root or "data"
+    try:
+        sets = [kind(root, train=train, download=recipe.download) for train in (True, False)]
+    except RuntimeError:
+        raise UserError(
+            f"{title} is not in the folder {root}, or is damaged; point data.root at the folder that holds "
+            f"{kind.base_folder}, or set data.download: true."
+        ) from None
+    parts = [
+        TensorPictures(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in sets
+    ]
+    # Mean and standard deviation of the training pixels.
+    mean, std = {
+        "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    }[recipe.name]
+    return DataSource(parts[0], parts[1], list(sets[0].classes), 3, 32, mean, std)
+
+
+def _image_folder(recipe: DataRecipe) -> DataSource:
+    """``root/train/class/picture`` and ``root/val/class/picture``; without the two, ``root/class/picture`` is split."""
+    layout = "expected root/train/CLASS/PICTURE and root/val/CLASS/PICTURE, or root/CLASS/PICTURE"
+    if recipe.root is None:
+        raise UserError(f"data.root is not given; {layout}.")
+    root = Path(recipe.root)
+    if not root.is_dir():
+        raise UserError(f"data.root is {root}, which is not a folder; {layout}.")
+    train = root / "train"
+    if not train.is_dir():
+        classes = _classes(root, layout)
+        whole = FilePictures.of_folder(root, classes)
+        first, second = stratified_split(whole.labels, recipe.test_fraction)
+        if not len(first):
+            raise UserError(f"{root} has {len(whole)} pictures in {len(classes)} classes; a split needs 2 a class.")
+        parts = [whole.subset(first), whole.subset(second)]
+    else:
+        test = next((root / name for name in ("val", "test", "valid") if (root / name).is_dir()), None)
+        if test is None:
+            raise UserError(f"{root} has a folder train but none of val, test, valid; {layout}.")
+        classes = _classes(train, layout)
+        unknown = sorted(set(find_classes(test)) - set(classes))
+        if unknown:
+            raise UserError(f"{test} has classes that {train} has not: {shorten(unknown)}.")
+        present = find_classes(test)
+        parts = [FilePictures.of_folder(train, classes), FilePictures.of_folder(test, present)]
+        parts[1].labels = torch.tensor([classes.index(name) for name in present])[parts[1].labels]
+    size = recipe.image_size or 224
+    return DataSource(parts[0], parts[1], classes, 3, size, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _classes(folder: Path, layout: str) -> list[str]:
+    classes = find_classes(folder)
+    if not classes:
+        raise UserError(f"{folder} is empty: no folder of a class is in it; {layout}.")
+    return classes
+
+
+DATASETS: dict[str, Callable[[DataRecipe], DataSource]] = {
+    "digits": _digits,
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "imagefolder": _image_folder,
+}

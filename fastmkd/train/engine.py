@@ -1,0 +1,360 @@
+"""The training loop, on Hugging Face Accelerate.
+
+The device is not waited for inside a step; numbers are read every ``run.log_every`` updates. Everything random is a
+function of (seed, position), so a run that was interrupted anywhere ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .augment import Finisher
+from .build import Setup, assemble
+from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint, save_tensors
+from .errors import UserError, shorten
+from .evaluate import evaluate
+from .interrupt import Interrupts, RunInterrupted
+from .loading import Batch, Loader, epoch_plan
+from .logs import RunLog
+from .meter import Meter
+from .optim import build_optimizer, build_schedule
+from .rundir import RunDir
+from .schema import Recipe
+from .seeds import seed_all
+
+__all__ = ["Trainer", "make_accelerator", "train"]
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Trains a recipe, or goes on with its run, or returns the result of the finished one.
+
+    Args:
+        recipe: what to train. A teacher that comes from a recipe is trained first.
+
+    Returns:
+        What ``result.json`` holds: ``top1``, ``top5``, ``loss``, ``epochs``, ``updates``, ``seconds``,
+        ``images_per_second``, ``milliseconds_per_update``, ``bad_pictures``, ``weights``.
+
+    Raises:
+        UserError: the recipe or the data do not fit, the folder belongs to another run, or the loss is not finite.
+        RunInterrupted: Ctrl-C or SIGTERM came; a checkpoint has been written.
+    """
+    setup = assemble(recipe, train)
+    accelerator = make_accelerator(recipe)
+    run = RunDir(recipe.run_dir)
+    lock = run.lock() if accelerator.is_main_process else contextlib.nullcontext()
+    with lock:
+        if accelerator.is_main_process:
+            run.claim(setup.identity, setup.description)
+        accelerator.wait_for_everyone()
+        done = run.result()
+        if done is not None:
+            accelerator.print(f"{recipe.name}: finished before, in {run.path} (top-1 {done['top1']:.2f} %).")
+            return done
+        with Interrupts(enabled=accelerator.num_processes == 1) as interrupts:
+            trainer = Trainer(setup, accelerator, run)
+            result = trainer.run_all(interrupts)
+        accelerator.free_memory()
+        return result
+
+
+def make_accelerator(recipe: Recipe) -> Any:
+    """Returns an Accelerator with the recipe's device and precision.
+
+    Args:
+        recipe: its part `run` counts.
+
+    Raises:
+        UserError: the device cannot do the precision.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # A teacher trained in the same process may have used another precision, which Accelerate remembers globally.
+    AcceleratorState._reset_state()
+    try:
+        return Accelerator(mixed_precision=recipe.run.precision, cpu=recipe.run.device == "cpu")
+    except ValueError as error:
+        raise UserError(f"run.precision is {recipe.run.precision!r}, which does not work here: {error}") from None
+
+
+class Trainer:
+    """One run: networks, optimizer, position, and how to save and go on.
+
+    Args:
+        setup: the objects of the run.
+        accelerator: of Hugging Face Accelerate.
+        run: folder of the run.
+    """
+
+    def __init__(self, setup: Setup, accelerator: Any, run: RunDir) -> None:
+        recipe, source = setup.recipe, setup.source
+        self.setup, self.recipe, self.accelerator, self.run = setup, recipe, accelerator, run
+        self.student = setup.student
+        world, accumulate = accelerator.num_processes, recipe.optim.accumulate
+        self.images_per_update = recipe.data.batch_size * world * accumulate
+        self.updates_per_epoch = len(self._plan(0)) // accumulate
+        self.total = recipe.schedule.epochs * self.updates_per_epoch
+        self.step = 0  # updates done
+        self.bad: dict[str, str] = {}
+
+        device, augment = accelerator.device, recipe.augment
+        size, seed = source.image_size, recipe.seed
+        self.loader = Loader(source.train, recipe.data, augment, size, device, seed)
+        self.test_loader = Loader(source.test, recipe.data, None, size, device, seed)
+        self.finish = Finisher(source.mean, source.std, source.num_classes, augment)
+        self.finish_test = Finisher(source.mean, source.std, source.num_classes)
+
+        self.ema: Any = None
+        if recipe.ema is not None:
+            from timm.utils import ModelEmaV3
+
+            self.student.to(device)
+            self.ema = ModelEmaV3(self.student, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
+        optimizer = build_optimizer(recipe.optim, self.student, setup.method.heads, self.images_per_update)
+        self.schedule = build_schedule(recipe.schedule, optimizer, self.updates_per_epoch)
+        self.method, self.optimizer = accelerator.prepare(setup.method, optimizer)
+        self.parameters = [p for p in self.method.parameters() if p.requires_grad]
+
+    def _plan(self, epoch: int) -> Tensor:
+        accelerator, recipe = self.accelerator, self.recipe
+        return epoch_plan(
+            len(self.setup.source.train),
+            recipe.data.batch_size,
+            recipe.seed,
+            epoch,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            group=recipe.optim.accumulate,
+        )
+
+    def run_all(self, interrupts: Interrupts) -> dict[str, Any]:
+        """Goes on from the newest checkpoint, trains to the end, writes weights and result.
+
+        Args:
+            interrupts: asked once per update.
+
+        Returns:
+            See `train`.
+        """
+        recipe, accelerator = self.recipe, self.accelerator
+        problems = self._resume()
+        began, start = time.perf_counter(), self.step
+        meter = Meter(accelerator)
+        log = RunLog(self.run, self.total, self.step, accelerator.is_main_process, recipe.run.tensorboard)
+        with log:
+            log.say(self._headline())
+            for problem in problems:
+                log.say(f"warning: {problem}")
+            scores: dict[str, float] = {}
+            for epoch in range(self.step // self.updates_per_epoch, recipe.schedule.epochs):
+                self._train_epoch(epoch, meter, log, interrupts)
+                last = epoch + 1 == recipe.schedule.epochs
+                if last or (epoch + 1) % recipe.run.eval_every == 0:
+                    scores = self.test()
+                    log.numbers(self.step, epoch, {f"test.{name}": value for name, value in scores.items()})
+                    log.say(f"epoch {epoch + 1}/{recipe.schedule.epochs}  test top-1 {scores['top1']:.2f} %")
+            scores = scores or self.test()  # resumed after the last epoch
+            bad = self._bad_pictures()
+            if bad:
+                log.say(f"{len(bad)} pictures could not be read and were skipped: {shorten(bad)}")
+        updates = max(1, self.step - start)
+        result = {
+            "name": recipe.name,
+            **scores,
+            "epochs": recipe.schedule.epochs,
+            "updates": self.total,
+            "seconds": time.perf_counter() - began,
+            "images_per_second": meter.images / max(meter.seconds, 1e-9),
+            "milliseconds_per_update": 1e3 * meter.seconds / updates,
+            "bad_pictures": bad,
+            "weights": str(self.run.weights),
+        }
+        self._save_student()
+        if accelerator.is_main_process:
+            self.run.finish(result)
+        accelerator.wait_for_everyone()
+        return result
+
+    def _train_epoch(self, epoch: int, meter: Meter, log: RunLog, interrupts: Interrupts) -> None:
+        recipe, accumulate = self.recipe, self.recipe.optim.accumulate
+        done = self.step - epoch * self.updates_per_epoch
+        batches = self.loader.batches(self._plan(epoch), epoch, start=done * accumulate)
+        self.method.train()
+        meter.resume()
+        with contextlib.closing(batches):  # type: ignore[type-var]
+            for _ in range(done, self.updates_per_epoch):
+                self._update(batches, meter)
+                at_end = self.step % self.updates_per_epoch == 0
+                if self.step % recipe.run.log_every == 0 or at_end:
+                    self._log(meter, log, epoch)
+                stop = interrupts.requested
+                if stop or at_end or (recipe.run.save_every and self.step % recipe.run.save_every == 0):
+                    self._log(meter, log, epoch)  # looks at the loss, so that no broken state is saved
+                    meter.pause()
+                    self.save()
+                    meter.resume()
+                log.advance(self.step)
+                if stop:
+                    raise RunInterrupted(
+                        f"stopped at update {self.step} of {self.total}; the same command goes on from there."
+                    )
+        meter.pause()
+
+    def _update(self, batches: Iterator[Batch], meter: Meter) -> None:
+        """One step of the optimizer, on `accumulate` batches."""
+        recipe, accelerator, accumulate = self.recipe, self.accelerator, self.recipe.optim.accumulate
+        self.schedule.step_update(self.step)
+        for micro in range(accumulate):
+            batch = next(batches)
+            seed_all(recipe.seed, "step", self.step, micro, accelerator.process_index)
+            images, targets = self.finish(*batch)
+            last = micro + 1 == accumulate
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.method):
+                out = self.method(images, targets)
+                accelerator.backward(out.loss / accumulate)
+            meter.add(out.loss, out.terms, len(images) * accelerator.num_processes)
+        if recipe.optim.clip_grad is not None:
+            accelerator.clip_grad_norm_(self.parameters, recipe.optim.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.student, step=self.step)
+
+    def _log(self, meter: Meter, log: RunLog, epoch: int) -> None:
+        values, speed = meter.flush()
+        if not values:
+            return
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            raise UserError(
+                f"{shorten(broken)} is not finite (seen at update {self.step} of {self.total}): training has diverged. "
+                "Lower optim.lr, lengthen schedule.warmup_epochs or set optim.clip_grad; the last checkpoint is intact."
+            )
+        rate = self.optimizer.param_groups[0]["lr"]
+        log.numbers(self.step, epoch, {**{f"train.{k}": v for k, v in values.items()}, "lr": rate}, speed)
+
+    def test(self) -> dict[str, float]:
+        """Returns the test scores of the moving average if there is one, else of the student; see `evaluate`."""
+        model = self.student if self.ema is None else self.ema.module
+        count, size = len(self.setup.source.test), self.recipe.data.eval_batch_size
+        scores = evaluate(model, self.test_loader, self.finish_test, count, size, self.accelerator)
+        if not scores["images"]:
+            raise UserError(f"none of the {count} test pictures can be read.")
+        return scores
+
+    def save(self) -> None:
+        """Writes a checkpoint; every process must call it."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+        method, optimizer = get_state_dict(self.method, self.optimizer.optimizer, options=options)
+        moments = {key: value for key, value in optimizer.items() if isinstance(value, Tensor)}
+        rest = {key: value for key, value in optimizer.items() if not isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {"method": method, "optimizer": moments}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.module.state_dict()
+        scaler = self.accelerator.scaler
+        state = {
+            "images_per_update": self.images_per_update,
+            "optimizer": rest,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "bad": {**self.bad, **self.loader.bad, **self.test_loader.bad},
+        }
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.run.checkpoints, self.step, tensors, state, self.recipe.run.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> list[str]:
+        """Takes up the checkpoint that `run.resume` asks for; returns what was wrong with newer ones."""
+        resume = self.recipe.run.resume
+        problems: list[str] = []
+        if resume in ("auto", "never"):
+            found, problems = newest_checkpoint(self.run.checkpoints)
+            if found is None:
+                return problems
+            if resume == "never":
+                raise UserError(
+                    f"{self.run.path} already has checkpoints and run.resume is never; choose another run.dir."
+                )
+        else:
+            found = load_checkpoint(Path(resume))
+        self.load(found)
+        return problems
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Takes up the state of a checkpoint.
+
+        Args:
+            checkpoint: of a run of the same recipe on as many images per update.
+
+        Raises:
+            UserError: it was written with another number of images per update, or does not fit the networks.
+        """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        state = checkpoint.state
+        if state["images_per_update"] != self.images_per_update:
+            raise UserError(
+                f"the checkpoint was made with {state['images_per_update']} images per update and this run has "
+                f"{self.images_per_update}; use as many processes as before."
+            )
+        if checkpoint.step > self.total or (self.ema is not None) != ("ema" in checkpoint.tensors):
+            raise UserError(f"the checkpoint at update {checkpoint.step} is of another recipe; change run.resume.")
+        # JSON has no tuples; optimizers compare and unpack betas as one.
+        rest: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in state["optimizer"].items()}
+        tensors: dict[str, Any] = checkpoint.tensors
+        try:
+            set_state_dict(
+                self.method,
+                self.optimizer.optimizer,
+                model_state_dict=tensors["method"],
+                optim_state_dict={**tensors["optimizer"], **rest},
+                options=StateDictOptions(full_state_dict=True),
+            )
+            if self.ema is not None:
+                self.ema.module.load_state_dict(tensors["ema"])
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"the checkpoint does not fit this recipe: {error}") from None
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.bad = dict(state["bad"])
+        self.step = checkpoint.step
+
+    def _save_student(self) -> None:
+        """Writes the bare student (its moving average if there is one) with timm's keys."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        if self.ema is not None:
+            weights = self.ema.module.state_dict()
+        else:
+            state = get_model_state_dict(self.method, options=options)
+            weights = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}
+        if self.accelerator.is_main_process:
+            save_tensors(self.run.weights, weights, {"format": "pt", "model": self.recipe.student.name})
+        self.accelerator.wait_for_everyone()
+
+    def _bad_pictures(self) -> list[str]:
+        from accelerate.utils import gather_object
+
+        mine = {**self.bad, **self.loader.bad, **self.test_loader.bad}
+        return sorted(set(gather_object(list(mine))))
+
+    def _headline(self) -> str:
+        recipe, source, accelerator = self.recipe, self.setup.source, self.accelerator
+        trained = sum(parameter.numel() for parameter in self.parameters)
+        resumed = f", going on at update {self.step}" if self.step else ""
+        return (
+            f"{recipe.name}: {type(self.setup.method).__name__} on {recipe.data.name}, {len(source.train)} training "
+            f"and {len(source.test)} test pictures, {trained / 1e6:.2f} M parameters, {self.total} updates of "
+            f"{self.images_per_update} images on {accelerator.num_processes} x {accelerator.device.type}{resumed}"
+        )

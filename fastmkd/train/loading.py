@@ -1,0 +1,215 @@
+"""Batches: which pictures, in which order, on which process, and how a run goes on in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .augment import needs_pictures, picture_transform, shift_and_flip
+from .errors import UserError
+from .pictures import FilePictures, Pictures, TensorPictures
+from .schema import AugmentRecipe, DataRecipe
+from .seeds import generator, seed_all
+
+__all__ = ["Batch", "Loader", "epoch_plan", "eval_plan"]
+
+# A set in memory moves to a GPU as a whole below this size.
+MAX_DEVICE_BYTES = 2**31
+
+
+class Batch(NamedTuple):
+    """Pictures and labels on the device.
+
+    Attributes:
+        images: ``(B, C, H, W)`` uint8.
+        targets: ``(B,)`` int64.
+    """
+
+    images: Tensor
+    targets: Tensor
+
+
+def epoch_plan(
+    num_pictures: int, batch_size: int, seed: int, epoch: int, *, rank: int = 0, world: int = 1, group: int = 1
+) -> Tensor:
+    """Returns which pictures each batch of an epoch takes; what does not fill a whole update is left to other epochs.
+
+    Args:
+        num_pictures: size of the training set.
+        batch_size: of one process.
+        seed: of the run.
+        epoch: from 0.
+        rank: of this process.
+        world: number of processes; together they see each picture at most once an epoch.
+        group: batches per update.
+
+    Returns:
+        ``(batches, batch_size)`` int64; the number of batches is a multiple of `group`.
+
+    Raises:
+        UserError: the set is smaller than one update.
+
+    Example:
+        >>> epoch_plan(10, 2, seed=0, epoch=0, group=2).shape
+        torch.Size([4, 2])
+    """
+    images_per_update = batch_size * world * group
+    updates = num_pictures // images_per_update
+    if updates == 0:
+        raise UserError(
+            f"one update takes {images_per_update} pictures (data.batch_size {batch_size} x processes {world} x "
+            f"optim.accumulate {group}) but there are only {num_pictures}; make data.batch_size smaller."
+        )
+    order = torch.randperm(num_pictures, generator=generator(seed, "shuffle", epoch))
+    batches = order[: updates * images_per_update].view(updates * group, world, batch_size)
+    return batches[:, rank]
+
+
+def eval_plan(num_pictures: int, batch_size: int, rank: int = 0, world: int = 1) -> list[Tensor]:
+    """Returns the batches of the test pictures of one process; together the processes see each picture once.
+
+    Args:
+        num_pictures: size of the test set.
+        batch_size: of one process.
+        rank: of this process.
+        world: number of processes.
+
+    Example:
+        >>> [len(batch) for batch in eval_plan(5, 2)]
+        [2, 2, 1]
+    """
+    return list(torch.arange(rank, num_pictures, world).split(batch_size)) if rank < num_pictures else []
+
+
+class Loader:
+    """Reads the batches of a plan and puts them on a device.
+
+    Pictures that cannot be read are collected in `bad` (name to reason). In training the next readable picture of the
+    set takes the place of a bad one, so that batches keep their size on every process; in testing it is left out.
+
+    Args:
+        pictures: what to read from.
+        recipe: the recipe's part `data`.
+        augment: what to do to the pictures; None for testing.
+        image_size: side in pixels.
+        device: where batches go.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        pictures: TensorPictures | FilePictures,
+        recipe: DataRecipe,
+        augment: AugmentRecipe | None,
+        image_size: int,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.bad: dict[str, str] = {}
+        self.augment, self.device, self.seed = augment, device, seed
+        self._order = _Order()
+        self._images = self._labels = None
+        self._loader: DataLoader[Any] | None = None
+        if isinstance(pictures, TensorPictures) and (augment is None or not needs_pictures(augment)):
+            small = pictures.images.numel() <= MAX_DEVICE_BYTES
+            home = device if small else torch.device("cpu")
+            self._images, self._labels = pictures.images.to(home), pictures.labels.to(home)
+        else:
+            dataset = _Readable(pictures, picture_transform(augment, image_size), seed, replace=augment is not None)
+            self._loader = DataLoader(
+                dataset,
+                batch_sampler=self._order,
+                num_workers=recipe.workers,
+                collate_fn=_collate,
+                pin_memory=device.type == "cuda",
+                persistent_workers=recipe.workers > 0,
+            )
+
+    def batches(self, plan: Tensor | list[Tensor], epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Yields the batches of `plan` from number `start` on.
+
+        Args:
+            plan: picture indices of each batch.
+            epoch: seeds the augmentation.
+            start: first batch to read; the earlier ones are not touched.
+        """
+        if self._loader is None:
+            yield from self._from_memory(plan, epoch, start)
+            return
+        self._order.set(plan[start:], epoch)
+        for images, targets, bad in self._loader:
+            self.bad.update(bad)
+            if len(targets):
+                yield Batch(images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
+
+    def _from_memory(self, plan: Tensor | list[Tensor], epoch: int, start: int) -> Iterator[Batch]:
+        assert self._images is not None
+        assert self._labels is not None
+        for number in range(start, len(plan)):
+            index = plan[number].to(self._images.device)
+            images, targets = self._images[index], self._labels[index]
+            images, targets = images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            augment = self.augment
+            if augment is not None and (augment.crop == "pad" or augment.flip):
+                # The first picture of a batch tells apart batches of an epoch and processes.
+                seed_all(self.seed, "shift", epoch, int(plan[number][0]))
+                images = shift_and_flip(images, augment.pad if augment.crop == "pad" else 0, augment.flip)
+            yield Batch(images, targets)
+
+
+class _Order:
+    """Batch sampler that outlives epochs, so that worker processes do too; items are (epoch, picture)."""
+
+    def __init__(self) -> None:
+        self.plan: Tensor | list[Tensor] = []
+        self.epoch = 0
+
+    def set(self, plan: Tensor | list[Tensor], epoch: int) -> None:
+        self.plan, self.epoch = plan, epoch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.plan:
+            yield [(self.epoch, index) for index in batch.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+
+class _Readable(Dataset[Any]):
+    """Pictures that survive broken files: ``[(epoch, index)]`` gives (picture or None, label, {bad name: reason})."""
+
+    def __init__(self, pictures: Pictures, transform: Callable[[Any], Tensor], seed: int, replace: bool) -> None:
+        self.pictures, self.transform, self.seed, self.replace = pictures, transform, seed, replace
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor | None, int, dict[str, str]]:
+        epoch, wanted = item
+        bad: dict[str, str] = {}
+        for offset in range(len(self.pictures) if self.replace else 1):
+            index = (wanted + offset) % len(self.pictures)
+            try:
+                picture = self.pictures.load(index)
+            except Exception as error:  # decoders raise anything: OSError, SyntaxError, ValueError, bomb errors ...
+                bad[self.pictures.where(index)] = f"{type(error).__name__}: {error}"
+                continue
+            if self.replace:
+                seed_all(self.seed, "picture", epoch, wanted)
+            return self.transform(picture), int(self.pictures.labels[index]), bad
+        if self.replace:
+            raise UserError(f"none of {len(self.pictures)} pictures can be read; the first failed with {_first(bad)}.")
+        return None, -1, bad
+
+
+def _first(bad: dict[str, str]) -> str:
+    name, reason = next(iter(bad.items()))
+    return f"{reason} ({name})"
+
+
+def _collate(items: list[tuple[Tensor | None, int, dict[str, str]]]) -> tuple[Tensor, Tensor, dict[str, str]]:
+    good = [(image, label) for image, label, _ in items if image is not None]
+    bad = {name: reason for _, _, names in items for name, reason in names.items()}
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    return images, torch.tensor([label for _, label in good], dtype=torch.int64), bad

@@ -1,0 +1,150 @@
+"""Networks by timm's name, and weights from files that cannot run code."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import DataSource
+from .errors import UserError, shorten
+from .schema import ModelRecipe, TeacherRecipe
+
+__all__ = ["build_model", "load_weights", "model_kwargs", "read_state_dict"]
+
+
+def model_kwargs(recipe: ModelRecipe | TeacherRecipe, source: DataSource) -> dict[str, Any]:
+    """Returns the arguments for timm: those of the recipe, and what the data decides where the recipe is silent.
+
+    Args:
+        recipe: which network.
+        source: the data it will see.
+    """
+    from timm.models import get_pretrained_cfg
+
+    kwargs: dict[str, Any] = {"num_classes": source.num_classes, "in_chans": source.channels}
+    config = get_pretrained_cfg(recipe.name or "")
+    if config is not None and config.fixed_input_size and config.input_size[-1] != source.image_size:
+        kwargs["img_size"] = source.image_size
+    return {**kwargs, **recipe.kwargs}
+
+
+def build_model(recipe: ModelRecipe | TeacherRecipe, kwargs: dict[str, Any], role: str) -> nn.Module:
+    """Makes a network and loads its weights, if the recipe names any.
+
+    Args:
+        recipe: which network.
+        kwargs: arguments for timm, see `model_kwargs`.
+        role: "student" or "teacher", for messages.
+
+    Raises:
+        UserError: timm does not know the name, refuses an argument, or the weights do not fit.
+
+    Example:
+        >>> small = {"embed_dim": 12, "depth": 1, "num_heads": 3, "num_classes": 2}
+        >>> build_model(ModelRecipe(), small, "student").num_classes
+        2
+    """
+    import timm
+
+    if not isinstance(recipe.name, str) or not timm.is_model(recipe.name):
+        near = timm.list_models(f"{str(recipe.name).partition('_')[0]}*")[:5]
+        hint = f" Near it are {', '.join(near)}." if near else ""
+        raise UserError(f"{role}.name is {recipe.name!r}, which timm does not know.{hint}")
+    try:
+        model = timm.create_model(recipe.name, pretrained=recipe.pretrained, **kwargs)
+    except (TypeError, ValueError, AssertionError) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"timm cannot make the {role} {recipe.name} with {kwargs}: {reason}.") from None
+    if recipe.weights is not None:
+        load_weights(model, recipe.weights, role)
+    return model
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Reads weights from ``.safetensors``, or from ``.pth`` and its like without running any code in it.
+
+    Args:
+        path: the file. A checkpoint that keeps its weights under ``model`` or ``state_dict`` is opened.
+
+    Raises:
+        UserError: missing, cut off, not weights, or a pickle that wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"the weights {path} do not exist; check the path.")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"the weights {path} are cut off or damaged ({error}); get the file again.") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises pickle, zip, EOF, runtime and value errors for one broken file or another
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise UserError(
+                f"the weights {path} hold more than tensors, and loading them could run code; it was refused. "
+                "Convert the file to .safetensors where it can be trusted."
+            ) from None
+        kind = type(error).__name__
+        raise UserError(f"the weights {path} are cut off or damaged ({kind}); get the file again.") from None
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"the weights {path} are not a dict of tensors by name; save model.state_dict().")
+    return state
+
+
+def load_weights(model: nn.Module, path: str | Path, role: str) -> None:
+    """Loads weights into a model; every key and shape must fit.
+
+    Args:
+        model: the network.
+        path: see `read_state_dict`.
+        role: "student" or "teacher", for messages.
+
+    Raises:
+        UserError: keys or shapes differ (all are listed, up to a few of each kind), or the file cannot be read.
+    """
+    state, own = read_state_dict(path), model.state_dict()
+    problems = []
+    missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    for title, keys in (("missing", missing), ("not in the model", unknown), ("of another shape", shapes)):
+        if keys:
+            problems.append(f"{len(keys)} {title}: {shorten(keys)}")
+    if problems:
+        raise UserError(f"the weights {path} do not fit the {role}. Keys {'; '.join(problems)}.")
+    model.load_state_dict(state)
+
+
+def method_arguments(kind: type, student: nn.Module, teacher: nn.Module | None) -> dict[str, nn.Module | None]:
+    """Returns the networks that the constructor of a method asks for.
+
+    Args:
+        kind: a DistillMethod.
+        student: the network to train.
+        teacher: the network to learn from, or None.
+
+    Raises:
+        UserError: the method needs a teacher and there is none, or has no use for the one given.
+    """
+    parameters = inspect.signature(kind).parameters
+    if "teacher" not in parameters:
+        if teacher is not None:
+            raise UserError(f"{kind.__name__} has no teacher; remove teacher from the recipe or choose another method.")
+        return {"student": student}
+    if teacher is None and parameters["teacher"].default is inspect.Parameter.empty:
+        raise UserError(f"{kind.__name__} needs a teacher; give teacher.recipe, or teacher.name and teacher.weights.")
+    return {"student": student, "teacher": teacher}

@@ -1,0 +1,179 @@
+"""Two kinds of picture collections: a tensor in memory, and files on a disk some of which may be broken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+__all__ = ["FilePictures", "Pictures", "TensorPictures", "find_classes"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class Pictures(Protocol):
+    """Pictures with labels; `load` may raise for a broken one."""
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def load(self, index: int) -> Any:
+        """Picture `index` as a PIL image.
+
+        Args:
+            index: from 0.
+        """
+        ...
+
+    def where(self, index: int) -> str:
+        """Names picture `index` for a message.
+
+        Args:
+            index: from 0.
+        """
+        ...
+
+
+class TensorPictures:
+    """A whole set as one tensor: a batch is an indexing, which no DataLoader beats on small pictures.
+
+    Args:
+        images: ``(N, C, H, W)`` uint8.
+        labels: ``(N,)`` int64.
+
+    Example:
+        >>> len(TensorPictures(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)))
+        3
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise TypeError(f"images are {images.dtype} of shape {tuple(images.shape)}; expected uint8 (N, C, H, W).")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; expected ({len(images)},), one per image.")
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> Any:
+        """Picture `index` as a PIL image.
+
+        Args:
+            index: from 0.
+        """
+        from torchvision.transforms.v2.functional import to_pil_image
+
+        return to_pil_image(self.images[index])
+
+    def where(self, index: int) -> str:
+        """Names picture `index` for a message.
+
+        Args:
+            index: from 0.
+        """
+        return f"picture {index}"
+
+    def resized(self, size: int) -> TensorPictures:
+        """Returns the set at another size (bilinear, antialiased).
+
+        Args:
+            size: side in pixels.
+        """
+        if self.images.shape[-2:] == (size, size):
+            return self
+        parts = [
+            torch.nn.functional.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+            for part in self.images.split(4096)
+        ]
+        return TensorPictures(torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts]), self.labels)
+
+    def subset(self, index: Tensor) -> TensorPictures:
+        """Returns the pictures `index`.
+
+        Args:
+            index: int64.
+        """
+        return TensorPictures(self.images[index], self.labels[index])
+
+
+class FilePictures:
+    """Picture files, read when they are needed and converted to RGB.
+
+    Args:
+        paths: the files.
+        labels: ``(N,)`` int64.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Tensor) -> None:
+        self.paths = list(paths)
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, index: int) -> Any:
+        """Picture `index` as an RGB PIL image.
+
+        Args:
+            index: from 0.
+        """
+        from PIL import Image
+
+        with Image.open(self.paths[index]) as picture:
+            return picture.convert("RGB")
+
+    def where(self, index: int) -> str:
+        """Names picture `index` for a message.
+
+        Args:
+            index: from 0.
+        """
+        return str(self.paths[index])
+
+    def subset(self, index: Tensor) -> FilePictures:
+        """Returns the pictures `index`.
+
+        Args:
+            index: int64.
+        """
+        return FilePictures([self.paths[i] for i in index.tolist()], self.labels[index])
+
+    @classmethod
+    def of_folder(cls, folder: Path, classes: Sequence[str]) -> FilePictures:
+        """Lists ``folder/class/**/picture`` in sorted order.
+
+        Args:
+            folder: with one folder per class.
+            classes: folder names in the order of their labels.
+
+        Raises:
+            UserError: a class has no picture.
+        """
+        paths: list[Path] = []
+        labels: list[int] = []
+        for label, name in enumerate(classes):
+            found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+            if not found:
+                raise UserError(f"{folder / name} holds no pictures ({', '.join(SUFFIXES)}); fill or remove it.")
+            paths += found
+            labels += [label] * len(found)
+        return cls(paths, torch.tensor(labels))
+
+
+def find_classes(folder: Path) -> list[str]:
+    """Returns the names of the folders in `folder`, sorted; hidden ones are left out.
+
+    Args:
+        folder: with one folder per class.
+    """
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -1,0 +1,226 @@
+"""Reads recipes: YAML file + command-line options -> checked `Recipe`; compares the recipe of a run with another."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError, shorten
+from .schema import MethodRecipe, Recipe
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["differences", "flatten", "identity", "load_recipe", "recipe_from_dict", "recipe_parser"]
+
+
+def recipe_parser(prog: str = "fastmkd train RECIPE.yaml") -> ArgumentParser:
+    """Returns the parser whose options are the recipe's keys.
+
+    Args:
+        prog: how the usage line begins.
+    """
+    from jsonargparse import ArgumentParser
+
+    from ..methods import DistillMethod
+
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description="Keys of a recipe; each is also an option.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_class_arguments(Recipe, skip={"method"})
+    parser.add_subclass_arguments(
+        DistillMethod, "method", skip={"student", "teacher"}, required=False, instantiate=False
+    )
+    parser.set_defaults({"method": {"class_path": MethodRecipe.class_path}})
+    return parser
+
+
+def load_recipe(
+    path: str | Path | None = None, options: Sequence[str] = (), changes: dict[str, Any] | None = None
+) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: YAML file; None starts from the defaults.
+        options: command-line options such as ``--optim.lr=1e-3``; they win over the file.
+        changes: the same by dotted key; they win over `options`.
+
+    Returns:
+        The recipe. A relative `teacher.recipe` is resolved against the folder of `path`.
+
+    Raises:
+        UserError: the file is missing, not YAML, has an unknown key, or a value has the wrong type or range.
+
+    Example:
+        >>> load_recipe(options=["--optim.lr=0.5"]).optim.lr
+        0.5
+    """
+    import yaml
+
+    argv = []
+    if path is not None:
+        if not Path(path).is_file():
+            raise UserError(f"the recipe {path} does not exist; give the path of a YAML file, see the folder recipes/.")
+        argv += [f"--config={path}"]
+    argv += list(options)
+    for key, value in (changes or {}).items():
+        # One line; a bare scalar ends in YAML's end-of-document mark.
+        text = yaml.safe_dump(value, default_flow_style=True, width=2**31).removesuffix("...\n").strip()
+        argv.append(f"--{key}={text}")
+    try:
+        config = recipe_parser().parse_args(argv)
+    except (argparse.ArgumentError, yaml.YAMLError) as error:
+        where = f"the recipe {path}" if path is not None else "the recipe"
+        raise UserError(f"{where} is not right: {_plain(str(error))}") from None
+    recipe = _from_dict(Recipe, config.as_dict())
+    if recipe.teacher is not None and recipe.teacher.recipe is not None and path is not None:
+        recipe.teacher.recipe = str(Path(path).parent / recipe.teacher.recipe)
+    _check(recipe)
+    return recipe
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """Checks and returns a recipe that `dataclasses.asdict` and JSON have made plain.
+
+    Args:
+        values: by key.
+
+    Raises:
+        UserError: an unknown key or a value of the wrong type or range.
+
+    Example:
+        >>> recipe_from_dict({"name": "again"}).name
+        'again'
+    """
+    try:
+        config = recipe_parser().parse_object(values)
+    except argparse.ArgumentError as error:
+        raise UserError(f"the recipe of the run is not right: {_plain(str(error))}") from None
+    recipe = _from_dict(Recipe, config.as_dict())
+    _check(recipe)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _plain(message: str) -> str:
+    """One line of what the parser says; of a failed union only the reasons, without the alternative None."""
+    key = re.match(r'Parser key "([^"]+)":', message)
+    reasons = re.search(r"\n *Errors:\n(.*?)\n *Given value type", message, re.DOTALL)
+    if key is not None and reasons is not None:
+        lines = [line for line in reasons[1].splitlines() if "NoneType" not in line]
+        message = f"{key[1]}: " + "\n".join(lines).replace("- ", "")
+    return " ".join(line.strip() for line in message.splitlines() if line.strip())
+
+
+def _from_dict(kind: Any, values: dict[str, Any]) -> Any:
+    """Builds the dataclass from nested dicts that the parser has already checked."""
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for item in dataclasses.fields(kind):
+        value = values.get(item.name)
+        inner = next((hint for hint in (hints[item.name], *typing.get_args(hints[item.name]))
+                      if dataclasses.is_dataclass(hint)), None)  # fmt: skip
+        if inner is not None and isinstance(value, dict):
+            value = _from_dict(inner, value)
+        if value is not None or item.name in values:
+            arguments[item.name] = value
+    return kind(**arguments)
+
+
+def _check(recipe: Recipe) -> None:
+    """Ranges that a type cannot say."""
+    limits: list[tuple[str, float | None, float, float]] = [
+        ("data.batch_size", recipe.data.batch_size, 1, float("inf")),
+        ("data.eval_batch_size", recipe.data.eval_batch_size, 1, float("inf")),
+        ("data.workers", recipe.data.workers, 0, 256),
+        ("data.image_size", recipe.data.image_size, 1, 65536),
+        ("data.limit", recipe.data.limit, 1, float("inf")),
+        ("data.test_fraction", recipe.data.test_fraction, 0.001, 0.999),
+        ("optim.lr", recipe.optim.lr, 0, float("inf")),
+        ("optim.lr_images", recipe.optim.lr_images, 1, float("inf")),
+        ("optim.accumulate", recipe.optim.accumulate, 1, float("inf")),
+        ("optim.layer_decay", recipe.optim.layer_decay, 1e-6, 1),
+        ("optim.clip_grad", recipe.optim.clip_grad, 1e-12, float("inf")),
+        ("schedule.epochs", recipe.schedule.epochs, 1, float("inf")),
+        ("schedule.warmup_epochs", recipe.schedule.warmup_epochs, 0, recipe.schedule.epochs),
+        ("augment.pad", recipe.augment.pad, 0, 65536),
+        ("run.log_every", recipe.run.log_every, 1, float("inf")),
+        ("run.eval_every", recipe.run.eval_every, 1, float("inf")),
+        ("run.save_every", recipe.run.save_every, 0, float("inf")),
+        ("run.keep", recipe.run.keep, 1, float("inf")),
+        ("seed", recipe.seed, 0, 2**63 - 1),
+    ]
+    shares = ("flip", "random_erasing", "mix_prob", "switch_prob", "label_smoothing")
+    limits += [(f"augment.{name}", getattr(recipe.augment, name), 0, 1) for name in shares]
+    limits += [(f"augment.{name}", getattr(recipe.augment, name), 0, float("inf")) for name in ("mixup", "cutmix")]
+    if recipe.ema is not None:
+        limits.append(("ema.decay", recipe.ema.decay, 0, 1))
+    for name, value, low, high in limits:
+        if value is not None and not low <= value <= high:  # also refuses NaN
+            raise UserError(f"{name} is {value}; expected a number from {low:g} to {high:g}.")
+    if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
+        raise UserError(f"data.batch_size is {recipe.data.batch_size}; mixup and cutmix pair images: make it even.")
+    if not recipe.name or recipe.name in (".", "..") or "/" in recipe.name:
+        raise UserError(f"name is {recipe.name!r}; expected a word that can name a folder.")
+    teacher = recipe.teacher
+    if teacher is not None and teacher.recipe is None and teacher.name is None:
+        raise UserError("teacher has neither recipe nor name; give teacher.recipe (YAML) or teacher.name (timm).")
+
+
+# Keys of a recipe that say where or how fast a run goes, not what comes out of it.
+NOT_IDENTITY = ("run.", "data.root", "data.download", "data.workers", "data.eval_batch_size", "teacher.recipe")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> one dict with dotted keys; tuples become lists, as they come back from JSON.
+
+    Args:
+        values: nested dicts.
+        prefix: put before each key.
+
+    Example:
+        >>> flatten({"a": {"b": (1, 2)}})
+        {'a.b': [1, 2]}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """Returns what makes two runs the same run, by dotted key.
+
+    Args:
+        recipe: any recipe.
+
+    Example:
+        >>> identity(Recipe(seed=3))["seed"], "run.log_every" in identity(Recipe())
+        (3, False)
+    """
+    # Through JSON, so that an identity read back from a run's folder compares equal (a torch.dtype becomes its name).
+    flat = json.loads(json.dumps(flatten(dataclasses.asdict(recipe)), default=str))
+    return {key: value for key, value in flat.items() if key == "run.precision" or not key.startswith(NOT_IDENTITY)}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Says which keys of two identities differ, or '' if none does.
+
+    Args:
+        old: from the run's folder.
+        new: of the recipe given now.
+
+    Example:
+        >>> differences({"seed": 1}, {"seed": 2})
+        'seed is 1 there and 2 here'
+    """
+    keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return shorten([f"{key} is {old.get(key)!r} there and {new.get(key)!r} here" for key in keys], limit=4)

@@ -1,0 +1,120 @@
+"""The folder of a run: whose it is, who works in it now, and what came out.
+
+Files: ``recipe.json`` (what the run is), ``lock``, ``checkpoints/``, ``metrics.csv``, ``tensorboard/``,
+``model.safetensors`` (the student, with timm's keys) and ``result.json`` (written last).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from .checkpoint import atomic_write
+from .errors import UserError
+from .recipe import differences
+
+__all__ = ["RunDir"]
+
+
+@dataclass
+class RunDir:
+    """Names in the folder of a run, and the rules about it.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """The trained student."""
+        return self.path / "model.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """Table of all logged numbers."""
+        return self.path / "metrics.csv"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard files."""
+        return self.path / "tensorboard"
+
+    def lock(self) -> IO[str]:
+        """Takes the folder for this process until the returned file is closed or the process ends, however it ends.
+
+        Raises:
+            UserError: another process is training in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / "lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"another process trains in {self.path}; wait for it or choose another run.dir.") from None
+        return file
+
+    def claim(self, identity: dict[str, Any], description: dict[str, Any]) -> None:
+        """Makes the folder that of a recipe, or checks that it already is.
+
+        Args:
+            identity: what the run is, see `fastmkd.train.recipe.identity`.
+            description: what ``recipe.json`` also keeps, for export and show.
+
+        Raises:
+            UserError: the folder belongs to another recipe; the differing keys are named.
+        """
+        stored = self.description()
+        if stored is None:
+            content = json.dumps({"identity": identity, **description}, indent=1, default=str)
+            atomic_write(self.path / "recipe.json", lambda part: part.write_text(content))
+            return
+        changed = differences(stored["identity"], identity)
+        if changed:
+            raise UserError(
+                f"{self.path} belongs to a run of another recipe: {changed}. "
+                "Choose another run.dir or name, or remove that folder."
+            )
+
+    def description(self) -> dict[str, Any] | None:
+        """Returns the content of ``recipe.json``, None if there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return self._read_json("recipe.json")
+
+    def result(self) -> dict[str, Any] | None:
+        """Returns what came out of the run, None if it has not finished."""
+        return self._read_json("result.json") if self.weights.is_file() else None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Marks the run as finished.
+
+        Args:
+            result: JSON-able numbers and names.
+        """
+        content = json.dumps(result, indent=1)
+        atomic_write(self.path / "result.json", lambda part: part.write_text(content))
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged; remove the folder {self.path} or choose another run.dir.") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is damaged; remove the folder {self.path} or choose another run.dir.")
+        return content

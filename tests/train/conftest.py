@@ -1,0 +1,74 @@
+"""Tiny recipes for the training layer: seconds on one thread."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+TINY = "{patch_size: 2, embed_dim: 12, depth: 1, num_heads: 3}"
+
+TEACHER = f"""
+name: teacher
+data: {{name: digits, batch_size: 16, limit: 64, eval_batch_size: 360}}
+student: {{kwargs: {TINY}}}
+schedule: {{epochs: 1, warmup_epochs: 0}}
+run: {{tensorboard: false}}
+"""
+
+# Everything at once that could break an exact resume: dropout, drop path, mixup, erasing, shifts, accumulation, EMA.
+STUDENT = """
+name: student
+seed: 5
+data: {name: digits, batch_size: 8, limit: 64, eval_batch_size: 360}
+student:
+  kwargs: {patch_size: 2, embed_dim: 12, depth: 2, num_heads: 3, drop_path_rate: 0.2, proj_drop_rate: 0.1}
+teacher: {recipe: teacher.yaml}
+method: {class_path: fastmkd.MaskedKD, init_args: {keep_ratio: 0.5}}
+optim: {accumulate: 2, clip_grad: 1.0, layer_decay: 0.8}
+schedule: {epochs: 3, warmup_epochs: 0.5}
+augment: {crop: pad, pad: 1, flip: 0.5, mixup: 0.8, cutmix: 1.0, random_erasing: 0.5, label_smoothing: 0.1}
+ema: {decay: 0.9}
+run: {tensorboard: false, log_every: 3}
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices lose more to thread hand-over than they gain, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with teacher.yaml and student.yaml; runs go to ``runs`` in it."""
+    (tmp_path / "teacher.yaml").write_text(TEACHER)
+    (tmp_path / "student.yaml").write_text(STUDENT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs ``fastmkd ARGUMENTS`` in a process of its own, in the test's folder."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "fastmkd.train.cli", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,128 @@
+"""The command line: a few real processes, the rest by calling `main`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fastmkd.methods import Panel
+from fastmkd.train.cli import COMMANDS, main
+from fastmkd.train.show import draw_sheet
+
+
+def test_train_then_export_eval_show_cost(recipes, capsys):
+    assert main(["train", "student.yaml", "--schedule.epochs=1"]) == 0
+    assert "test top-1" in capsys.readouterr().out
+    assert main(["eval", "runs/student"]) == 0
+    assert "on 359 pictures" in capsys.readouterr().out
+
+    assert main(["export", "runs/student", "--out", "bare.safetensors"]) == 0
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=10, in_chans=1, img_size=8, patch_size=2, embed_dim=12, depth=2, num_heads=3
+    )
+    model.load_state_dict(load_file("bare.safetensors"))
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    with safe_open("bare.safetensors", "pt") as file:
+        assert '"patch_size": 2' in file.metadata()["kwargs"]
+
+    assert main(["show", "runs/student", "--out", "sheet.png", "--count", "3"]) == 0
+    with Image.open("sheet.png") as picture:
+        assert picture.size[0] > 300
+    assert main(["show", "student.yaml", "--schedule.epochs=1", "--out", "sheet.pdf"]) == 0
+    assert Path("sheet.pdf").read_bytes().startswith(b"%PDF")
+
+    capsys.readouterr()
+    assert main(["cost", "student.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert "teacher" in said
+    assert "8 of 16" in said
+
+
+def test_onnx_export(recipes, capsys):
+    main(["train", "teacher.yaml"])
+    code = main(["export", "runs/teacher", "--out", "bare.onnx"])
+    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
+        assert code == 0
+        assert Path("bare.onnx").stat().st_size > 1000
+    else:
+        assert code == 2
+        assert "pip install onnx onnxscript" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "known are train"),
+        (["train", "none.yaml"], "does not exist"),
+        (["train", "--seed=1"], "must come before"),
+        (["train", "teacher.yaml", "--optim.lrr=1"], "optim.lrr"),
+        (["train", "teacher.yaml", "--student.name=vit_nano"], "timm does not know"),
+        (["eval", "runs"], "no recipe.json"),
+        (["export", "runs", "--out", "x.safetensors"], "no recipe.json"),
+        (["show", "teacher.yaml"], "has no finished run"),
+        (["cost", "resnet18"], "counts ViTs only"),
+        (["env", "now"], "no arguments"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(recipes, capsys, arguments, said):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+def test_debug_shows_where(recipes, monkeypatch):
+    monkeypatch.setenv("FASTMKD_DEBUG", "1")
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["train", "none.yaml"])
+
+
+def test_missing_extra_says_what_to_install(recipes, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "jsonargparse", None)
+    assert main(["train", "teacher.yaml"]) == 2
+    assert 'pip install "fastmkd[train]"' in capsys.readouterr().err
+
+
+def test_help_lists_every_command(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name}" in said for name in COMMANDS)
+    assert main(["train", "--help"]) == 0
+    assert "--optim.lr" in capsys.readouterr().out
+    for module, _, _ in COMMANDS.values():
+        assert importlib.util.find_spec(module) is not None, module
+
+
+def test_processes(command, recipes):
+    shown = command("env")
+    assert shown.returncode == 0, shown.stderr
+    assert "torch" in shown.stdout
+    wrong = command("train", "none.yaml")
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert command("train", "none.yaml", FASTMKD_DEBUG="1").stderr.count("Traceback") == 1
+    done = command("train", "teacher.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "update 4/4" in done.stdout
+
+
+def test_sheet_of_any_panels(tmp_path):
+    image = torch.rand(2, 3, 8, 8)
+    panels = [
+        Panel("input", image, "image"),
+        Panel("heat", torch.rand(2, 8, 8), "heat"),
+        Panel("mask", (torch.rand(2, 8, 8) > 0.5).float(), "mask"),
+    ]
+    draw_sheet(panels, ["a", "b"], tmp_path / "sheet.png")
+    with pytest.raises(ValueError, match=r"\.png, \.pdf or \.svg"):
+        draw_sheet(panels, ["a", "b"], tmp_path / "sheet.xyz")
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]

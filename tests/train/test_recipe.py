@@ -1,0 +1,117 @@
+"""Recipes: YAML and options become one checked object, and every mistake is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from fastmkd.train.errors import UserError, shorten
+from fastmkd.train.recipe import differences, identity, load_recipe, recipe_from_dict
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_options_win_over_the_file_and_changes_over_both(tmp_path):
+    path = write(tmp_path, "name: a\noptim: {lr: 0.1, accumulate: 3}\nschedule: {epochs: 9}\n")
+    recipe = load_recipe(path, ["--optim.lr=0.2", "--schedule.epochs=7"], {"schedule.epochs": 5, "ema": {"decay": 0.5}})
+    assert (recipe.optim.lr, recipe.optim.accumulate, recipe.schedule.epochs) == (0.2, 3, 5)
+    assert recipe.ema is not None
+    assert recipe.ema.decay == 0.5
+
+
+@pytest.mark.parametrize("text", ["method: MaskedKD", "method: {class_path: fastmkd.MaskedKD}"])
+def test_method_by_name_or_path_and_its_arguments_as_options(tmp_path, text):
+    recipe = load_recipe(write(tmp_path, text), ["--method.init_args.keep_ratio=0.25"])
+    assert recipe.method.class_path.endswith("MaskedKD")
+    assert recipe.method.init_args["keep_ratio"] == 0.25
+    assert not {"student", "teacher"} & set(recipe.method.init_args)
+
+
+def test_teacher_recipe_is_found_beside_the_recipe(tmp_path):
+    recipe = load_recipe(write(tmp_path, "teacher: {recipe: other.yaml, options: {schedule.epochs: 2}}"))
+    assert recipe.teacher is not None
+    assert recipe.teacher.recipe == str(tmp_path / "other.yaml")
+    assert recipe.teacher.options == {"schedule.epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("nam: x", "'nam'"),
+        ("data: {batchsize: 3}", "'batchsize'"),
+        ("data: {batch_size: many}", "data.batch_size"),
+        ("method: {class_path: MaskedKD, init_args: {keepratio: 0.5}}", "'keepratio'"),
+        ("method: {class_path: MaskedKD, init_args: {keep_ratio: half}}", "keep_ratio"),
+        ("method: {class_path: collections.OrderedDict}", "OrderedDict"),
+        ("method: NoSuchMethod", "NoSuchMethod"),
+        ("data: [1, 2", "YAML|config|expected"),
+        ("run: {precision: fp8}", "fp8"),
+        ("optim: {lr: -1}", "optim.lr"),
+        ("optim: {lr: .nan}", "optim.lr"),
+        ("augment: {flip: 1.5}", "augment.flip"),
+        ("augment: {mixup: 0.5}\ndata: {batch_size: 7}", "even"),
+        ("schedule: {epochs: 2, warmup_epochs: 3}", "schedule.warmup_epochs"),
+        ("schedule: {epochs: 0}", "schedule.epochs"),
+        ("teacher: {kwargs: {depth: 3}}", "teacher.recipe"),
+        ("name: a/b", "name"),
+        ("name: ..", "name"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, named):
+    with pytest.raises(UserError, match=named) as caught:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_runs_no_code(tmp_path):
+    victim = tmp_path / "made"
+    with pytest.raises(UserError, match="python/object"):
+        load_recipe(write(tmp_path, f"name: !!python/object/apply:os.mkdir ['{victim}']"))
+    assert not victim.exists()
+
+
+def test_missing_file_and_unknown_option():
+    with pytest.raises(UserError, match="does not exist"):
+        load_recipe("nowhere.yaml")
+    with pytest.raises(UserError, match=r"optim\.lrr"):
+        load_recipe(options=["--optim.lrr=3"])
+
+
+def test_identity_ignores_where_and_how_but_not_what():
+    base = identity(load_recipe())
+    for option in ("--run.root=elsewhere", "--run.log_every=3", "--data.workers=7", "--data.root=x"):
+        assert identity(load_recipe(options=[option])) == base, option
+    for option in ("--seed=1", "--run.precision=bf16", "--student.kwargs.depth=3", "--method=MaskedKD"):
+        assert identity(load_recipe(options=[option])) != base, option
+    assert "optim.lr is 0.001 there and 0.5 here" in differences(
+        base, identity(load_recipe(options=["--optim.lr=0.5"]))
+    )
+
+
+def test_recipe_survives_json():
+    options = ["--method=MaskedKD", "--method.teacher_dtype=torch.bfloat16", "--augment.scale=[0.5,1.0]", "--ema={}"]
+    recipe = load_recipe(options=options)
+    again = recipe_from_dict(json.loads(json.dumps(dataclasses.asdict(recipe), default=str)))
+    assert identity(again) == identity(recipe)
+    assert again.method.init_args["teacher_dtype"] is recipe.method.init_args["teacher_dtype"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_right(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    if recipe.teacher is not None and recipe.teacher.recipe is not None:
+        assert load_recipe(recipe.teacher.recipe, changes=recipe.teacher.options).data.name == recipe.data.name
+
+
+def test_shorten():
+    assert shorten(map(str, range(5)), limit=3) == "0, 1, 2 and 2 more"
