@@ -136,7 +136,7 @@ def cls_saliency(q: Tensor, k: Tensor, num_prefix_tokens: int, scale: float, inc
         (B, N) float32.
 
     Source:
-        MaskedKD, "The Role of Masking for Efficient Supervised Knowledge Distillation of Vision Transformers", Eq. 2.
+        MaskedKD, Eq. 2.
     """
     batch, heads, num_keys, head_dim = k.shape
     num_patches = num_keys - num_prefix_tokens

@@ -1,4 +1,4 @@
-"""What every launcher and every kernel file shares: the device guard and the description of a compile check."""
+"""What every launcher and every kernel file shares: device guard, precision switch, description of a compile check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AotCase", "on_device"]
+__all__ = ["AotCase", "on_device", "product_kind"]
 
 
 @dataclass(frozen=True)
@@ -57,3 +57,22 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
         ...     pass
     """
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def product_kind(dtype: torch.dtype) -> str:
+    """How matrix products of a dtype are computed: the key of a kernel's table of tiles.
+
+    Args:
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        "half" for bf16 and fp16; "tf32" or "ieee" for fp32, after PyTorch's own switch for matrix products
+        (``torch.backends.cuda.matmul.fp32_precision``): full fp32 unless the user asked for TF32.
+
+    Example:
+        >>> product_kind(torch.bfloat16)
+        'half'
+    """
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

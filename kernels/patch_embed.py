@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import AotCase, on_device
+from .launch import AotCase, on_device, product_kind
 
 __all__ = ["AOT_CASES", "CONFIGS", "TileConfig", "choose_config", "patch_embed"]
 
@@ -127,13 +127,6 @@ def _patch_embed_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _kind(dtype: torch.dtype) -> str:
-    if dtype != torch.float32:
-        return "half"
-    # PyTorch's own switch for matrix products: full fp32 unless the user asked for TF32.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def choose_config(dtype: torch.dtype, rows: int, embed_dim: int) -> TileConfig:
     """The largest tile of the static table that still gives a large GPU one program a multiprocessor.
 
@@ -151,7 +144,7 @@ def choose_config(dtype: torch.dtype, rows: int, embed_dim: int) -> TileConfig:
         >>> choose_config(torch.bfloat16, rows=8 * 98, embed_dim=384).name
         'small'
     """
-    *large, small = CONFIGS[_kind(dtype)]
+    *large, small = CONFIGS[product_kind(dtype)]
     for config in large:
         if triton.cdiv(rows, config.block_m) * triton.cdiv(embed_dim, config.block_n) >= FULL_GRID:
             return config
@@ -224,7 +217,7 @@ def patch_embed(
             PATCH_W=patch_w,
             STRIDE_H=stride_h,
             STRIDE_W=stride_w,
-            **_tile_constants(_kind(images.dtype), config),
+            **_tile_constants(product_kind(images.dtype), config),
             **_tile_options(config),
         )
     return out

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import DEVICE, DTYPES, INTERPRETED, check, draw, product_dtypes, small_or_all
 from torch import Tensor
 
 from fastmkd.ops import get_op
@@ -22,14 +23,7 @@ from fastmkd.ops.select_tokens import resize
 
 pytest.importorskip("triton")
 
-INTERPRETED = triton_backend.interpreted()
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 pytestmark = [pytest.mark.usefixtures("poisoned"), *([] if INTERPRETED else [pytest.mark.gpu])]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
 
 
 def saliency_args(
@@ -135,24 +129,6 @@ PATCHES_LARGE = {
     "audio_overlap": {"size": (16, 1, 128, 1024), "patch": (16, 16), "stride": (10, 10), "dim": 768, "k": 300},
     "odd_everything": {"size": (7, 5, 101, 103), "patch": (7, 9), "stride": (5, 3), "dim": 201, "k": 123},
 }
-
-
-def check(name: str, args: tuple[Any, ...]) -> None:
-    """Right to the project's accuracy rule, and bit-identical in a second run."""
-    run, reference = triton_backend.launcher(name), get_op(name).reference
-    out = run(*args)
-    verdict = judge(out, reference(*upcast(args)), reference(*args))
-    assert verdict.ok, verdict
-    for _ in range(1 if INTERPRETED else 5):
-        assert torch.equal(run(*args), out), "two runs on the same inputs differ"
-
-
-def small_or_all(small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
-    return small if INTERPRETED else {**small, **large}
-
-
-def product_dtypes() -> list[torch.dtype]:
-    return [dtype for dtype in DTYPES if not (INTERPRETED and dtype == torch.bfloat16)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,7 +14,9 @@ def test_page_is_up_to_date() -> None:
     assert gpu_status.PAGE.read_text() == gpu_status.render(), "run python -m fastmkd.bench.gpu_status"
 
 
-@pytest.mark.parametrize(("outcome", "expected"), [("right", "some-gpu (1 samples, torch 2.11)"), ("wrong", "unproven")])
+@pytest.mark.parametrize(
+    ("outcome", "expected"), [("right", "some-gpu (1 samples, torch 2.11)"), ("wrong", "unproven")]
+)
 def test_only_right_samples_prove_a_row(tmp_path: Path, outcome: str, expected: str) -> None:
     record = {"device": "some-gpu", "torch": "2.11", "op": "select_tokens", "backend": "triton", "outcome": outcome}
     folder = tmp_path / "some-gpu"
