@@ -1,0 +1,210 @@
+"""The mask plan: one per batch, it tells every masked layer which rows exist and where their neighbours are.
+
+A mask is a union of cells, so a packed map of any resolution is ordered cell by cell: the rows of a visible cell are
+neighbours in memory, pixel by pixel, and the cells follow each other in reading order. Where a neighbour pixel lies is
+then arithmetic: which cell (a small table over the visible cells) and which pixel of it (a table that does not depend
+on the mask at all). No hash, no search, and nothing to build anew per layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .neighbours import Pair, Window, tap_table
+from .where import where
+
+__all__ = ["MaskPlan", "Pair", "Taps", "Window"]
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Where the inputs of a window operation are, for one plan, input cell and window.
+
+    Attributes:
+        forward: ``(N_out, T)`` int32, the input row under each tap of each output row, -1 where there is none.
+        backward: ``(N_in, T)`` int32, the output row that reads this input row through that tap, or -1.
+        forward_order: ``(N_out,)`` int32, output rows sorted by which taps are present, so that a tile of neighbours
+            in this order can skip the taps that all of them lack.
+        backward_order: ``(N_in,)`` int32, the same for `backward`.
+    """
+
+    forward: Tensor
+    backward: Tensor
+    forward_order: Tensor
+    backward_order: Tensor
+
+
+class MaskPlan:
+    """Which cells of a batch are visible, and the tables that masked layers derive from it.
+
+    Tables are built at their first use, on the mask's device without reading it back, and shared by all layers. The
+    only number that the host needs is the count of visible cells: given, or read once (free if the mask is on the CPU).
+
+    Args:
+        visible: ``(B, gh, gw)`` bool, True = visible.
+        count: how many cells are visible in the whole batch; None reads it from the mask.
+
+    Raises:
+        TypeError: `visible` is not a bool tensor.
+        ValueError: a wrong shape, an image with nothing visible, or a wrong `count` (on a GPU asynchronous asserts).
+
+    Example:
+        >>> plan = MaskPlan(torch.tensor([[[True, False], [True, True]]]))
+        >>> plan.num_rows((4, 4))
+        48
+    """
+
+    def __init__(self, visible: Tensor, count: int | None = None) -> None:
+        if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
+            what = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
+            raise TypeError(f"visible is {what}; expected a bool tensor, True where the image may be seen.")
+        if visible.dim() != 3 or visible.numel() == 0:
+            raise ValueError(f"visible has shape {tuple(visible.shape)}; expected (B, gh, gw), a cell grid per image.")
+        _require(visible.flatten(1).any(1).all(), "visible hides an image entirely; every image needs a visible cell.")
+        flat = visible.flatten()
+        if count is None:
+            self.cells = flat.nonzero()[:, 0]  # (V,), the one host read when the mask is on a GPU
+        else:
+            _require(flat.sum() == count, f"count is {count}, which is not the number of visible cells.")
+            self.cells = torch.nonzero_static(flat, size=count)[:, 0]
+        self.visible = visible
+        self.batch, self.grid = visible.shape[0], (visible.shape[1], visible.shape[2])
+        # (B, gh, gw): position of a cell among the visible ones
+        self.rank = torch.where(flat, flat.cumsum(0) - 1, -1).view_as(visible)
+        self._taps: dict[tuple[Pair, Window], Taps] = {}
+        self._inside: dict[tuple[Pair, Window], Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the mask and of all tables."""
+        return self.visible.device
+
+    @property
+    def num_cells(self) -> int:
+        """V, the number of visible cells in the batch."""
+        return self.cells.shape[0]
+
+    def cell(self, size: Pair) -> Pair:
+        """Returns the pixels per cell of a map.
+
+        Args:
+            size: ``(H, W)`` of the map.
+
+        Returns:
+            ``(ch, cw)``.
+
+        Raises:
+            ValueError: the grid does not divide the map.
+        """
+        (gh, gw), (height, width) = self.grid, size
+        if height % gh or width % gw or min(size) < 1:
+            raise ValueError(
+                f"the grid {gh} x {gw} of visible does not divide a {height} x {width} map; choose a grid that divides "
+                "every masked map (image side / total stride), or make the image side a multiple of the total stride."
+            )
+        return height // gh, width // gw
+
+    def num_rows(self, cell: Pair) -> int:
+        """Returns how many rows a packed map has.
+
+        Args:
+            cell: ``(ch, cw)`` pixels per cell.
+        """
+        return self.num_cells * cell[0] * cell[1]
+
+    @property
+    def image_of_cells(self) -> Tensor:
+        """``(V,)`` int64, the image that each visible cell belongs to; the cells of an image follow each other."""
+        return self.cells // (self.grid[0] * self.grid[1])
+
+    @property
+    def cells_per_image(self) -> Tensor:
+        """``(B,)`` int64, how many visible cells each image has."""
+        return self.visible.flatten(1).sum(1)
+
+    def positions(self, cell: Pair) -> tuple[Tensor, Tensor]:
+        """Returns where in its image each row lies, ``(N,)`` int64 each: y and x.
+
+        Args:
+            cell: ``(ch, cw)`` pixels per cell.
+
+        Example:
+            >>> MaskPlan(torch.tensor([[[False, True]]])).positions((1, 2))
+            (tensor([0, 0]), tensor([2, 3]))
+        """
+        (gh, gw), (ch, cw) = self.grid, cell
+        corner_y, corner_x = self.cells // gw % gh * ch, self.cells % gw * cw  # (V,)
+        y, x = torch.arange(ch, device=self.device), torch.arange(cw, device=self.device)
+        grid_y = corner_y[:, None, None] + y[:, None]  # (V, ch, 1)
+        grid_x = corner_x[:, None, None] + x  # (V, 1, cw)
+        return grid_y.expand(-1, ch, cw).flatten(), grid_x.expand(-1, ch, cw).flatten()
+
+    def taps(self, cell: Pair, window: Window) -> Taps:
+        """Returns the tables of a window operation on maps with `cell` pixels per cell; cached.
+
+        Args:
+            cell: ``(ch, cw)`` of the input map.
+            window: kernel, stride, padding and dilation.
+
+        Raises:
+            ValueError: the output map is not the input map divided by the stride, so cells would not stay whole.
+        """
+        key = (cell, window)
+        if key not in self._taps:
+            # A teacher's pass under inference_mode must not leave tables that a student's training cannot save.
+            if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+                with torch.inference_mode(False):
+                    self._taps[key] = self._build(cell, window)
+            else:
+                self._taps[key] = self._build(cell, window)
+        return self._taps[key]
+
+    def inside(self, cell: Pair, window: Window) -> Tensor:
+        """Returns which taps of each output row lie in the image, seen or hidden: ``(N_out, T)`` bool; cached.
+
+        Args:
+            cell: ``(ch, cw)`` of the input map.
+            window: kernel, stride, padding and dilation.
+
+        Raises:
+            ValueError: as `taps`.
+        """
+        key = (cell, window)
+        if key not in self._inside:
+            per_axis = []
+            for a, start in enumerate(self.positions(_output_cell(self.grid, cell, window))):
+                reach = torch.arange(window.kernel[a], device=self.device) * window.dilation[a] - window.padding[a]
+                source = start[:, None] * window.stride[a] + reach  # (N_out, T_a)
+                per_axis.append((source >= 0) & (source < self.grid[a] * cell[a]))
+            self._inside[key] = (per_axis[0][:, :, None] & per_axis[1][:, None, :]).flatten(1)
+        return self._inside[key]
+
+    def _build(self, cell: Pair, window: Window) -> Taps:
+        out_cell = _output_cell(self.grid, cell, window)
+        forward, forward_order = tap_table(self.cells, self.rank, cell, out_cell, window)
+        backward, backward_order = tap_table(self.cells, self.rank, cell, out_cell, window, transposed=True)
+        return Taps(forward, backward, forward_order, backward_order)
+
+
+def _output_cell(grid: Pair, cell: Pair, window: Window) -> Pair:
+    size = (grid[0] * cell[0], grid[1] * cell[1])
+    out = window.output_size(size)
+    for axis in (0, 1):
+        if out[axis] * window.stride[axis] != size[axis] or cell[axis] % window.stride[axis]:
+            raise ValueError(
+                f"a window with kernel {window.kernel}, stride {window.stride}, padding {window.padding} and dilation "
+                f"{window.dilation} turns {size[0]} x {size[1]} pixels ({cell[0]} x {cell[1]} a cell) into {out[0]} x "
+                f"{out[1]}, so the masked cells do not stay whole{where()}; a masked layer needs 'same' padding and a "
+                "stride that divides the cell. Choose a coarser grid, or call .to_dense() before this layer."
+            )
+    return cell[0] // window.stride[0], cell[1] // window.stride[1]
+
+
+def _require(condition: Tensor, sentence: str) -> None:
+    if condition.device.type != "cpu":
+        torch._assert_async(condition, sentence)
+    elif not condition:
+        raise ValueError(sentence)
