@@ -8,4 +8,10 @@ STABLE_TORCH_LIBRARY(fastmkd_native, m) {
   m.def(
       "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos, Tensor keep, int stride_h, int stride_w) "
       "-> Tensor");
+  m.def(
+      "masked_conv2d(Tensor values, Tensor weight, Tensor? bias, Tensor taps, Tensor taps_back, Tensor order, "
+      "Tensor order_back, int groups) -> Tensor");
+  m.def(
+      "masked_conv2d_weight(Tensor values, Tensor grad, Tensor taps, Tensor order, int kh, int kw, int groups) "
+      "-> Tensor");
 }

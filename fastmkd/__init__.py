@@ -14,19 +14,34 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import show_config
     from .methods import DistillOutput, MaskedKD, Supervised
-    from .nn import MaskedViT, block_mask, grid_mask, random_mask
+    from .nn import (
+        MaskedConv2d,
+        MaskedViT,
+        PackedFeatures,
+        block_mask,
+        convert_cnn,
+        grid_mask,
+        pack,
+        random_mask,
+        revert_cnn,
+    )
     from .ops.choice import backend
     from .ops.select_tokens import select_tokens
 
 _HOME = {
     "DistillOutput": "methods",
+    "MaskedConv2d": "nn",
     "MaskedKD": "methods",
     "MaskedViT": "nn",
+    "PackedFeatures": "nn",
     "Supervised": "methods",
     "backend": "ops.choice",
     "block_mask": "nn",
+    "convert_cnn": "nn",
     "grid_mask": "nn",
+    "pack": "nn",
     "random_mask": "nn",
+    "revert_cnn": "nn",
     "select_tokens": "ops",
     "show_config": "config",
 }
@@ -34,14 +49,19 @@ _ROOMS = ("kernels", "methods", "metrics", "nn", "ops", "reference", "train")
 
 __all__ = [
     "DistillOutput",
+    "MaskedConv2d",
     "MaskedKD",
     "MaskedViT",
+    "PackedFeatures",
     "Supervised",
     "__version__",
     "backend",
     "block_mask",
+    "convert_cnn",
     "grid_mask",
+    "pack",
     "random_mask",
+    "revert_cnn",
     "select_tokens",
     "show_config",
 ]

@@ -7,14 +7,15 @@ that any of its rows has, times blocks of input channels. It finds its rows by t
 written, hidden pixels are never read, and a tap that the whole tile lacks costs nothing (`fastmkd.kernels.taps`).
 
 How the loop is pipelined: one flat loop over (tap, channel block), since a 64-channel layer has a single block a tap
-and a pipeline that drained at each tap would never fill. Row numbers of a step are loaded one stage ahead of the rows
-they point at, and both arrive by asynchronous copies, 16 bytes each where the channels allow. The sizes of a layer are
-compile-time constants: that proves the alignment of a gathered row, for one compilation for each layer shape.
+and a pipeline that drained at each tap would never fill. Gathered rows and weights arrive by asynchronous copies, 16
+bytes each where the channels allow; the row numbers of a step are loaded into registers during the step before. The
+sizes of a layer are compile-time constants: that proves the alignment of a gathered row, for one compilation for each
+layer shape.
 
 With few input channels (a stem has 3) a step takes several taps, so that the reduction still fills the tensor core.
 Narrow groups are computed as one with a block-diagonal weight; there a NaN or infinity in one channel reaches all
-outputs of its bundle, not of its group only.
-Depthwise layers have a kernel of their own (`fastmkd.kernels.masked_depthwise`).
+outputs of its bundle, not of its group only. Depthwise layers have kernels of their own, see
+`fastmkd.kernels.masked_depthwise`.
 
 Programs that share a row tile are neighbours in launch order, so its rows come from L2 after the first of them.
 """

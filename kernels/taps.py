@@ -112,6 +112,7 @@ def bundled(weight: Tensor, groups: int, bundle: int) -> Tensor:
         (kh * kw, Cout, bundle * Cin / groups), contiguous.
 
     Example:
+        >>> import torch
         >>> bundled(torch.tensor([2.0, 3.0]).view(2, 1, 1, 1), groups=2, bundle=2)
         tensor([[[2., 0.],
                  [0., 3.]]])

@@ -7,6 +7,7 @@
 #include <limits>
 #include <random>
 #include <sstream>
+#include <utility>
 #include <vector>
 
 #include "core/reference.h"
@@ -231,6 +232,112 @@ Outcome prefill(const Kernels& kernels) {
     }
   }
   return {true, "equal"};
+}
+
+namespace {
+
+std::vector<int32_t> random_taps(const ConvShape& shape) {
+  std::mt19937 engine(8);
+  std::uniform_int_distribution<int32_t> row(0, static_cast<int32_t>(shape.n_in) - 1), third(0, 2);
+  std::vector<int32_t> taps(as_size(shape.n_out * shape.taps));
+  for (size_t i = 0; i < taps.size(); ++i) {
+    taps[i] = i < as_size(shape.taps) || third(engine) == 0 ? -1 : row(engine);
+  }
+  return taps;
+}
+
+std::vector<float> random_floats(int64_t count, unsigned seed) {
+  const Bytes bytes = random_values(DType::f32, count, seed);
+  std::vector<float> values(as_size(count));
+  std::memcpy(values.data(), bytes.data(), bytes.size());
+  return values;
+}
+
+// Error relative to the largest element; sums of products of normal variates in float32.
+Outcome judge(const std::vector<float>& got, const std::vector<double>& want) {
+  double worst = 0, largest = 1;
+  for (size_t i = 0; i < want.size(); ++i) {
+    if (std::isnan(got[i])) return {false, text("element ", i, " was not written")};
+    worst = std::max(worst, std::fabs(got[i] - want[i]));
+    largest = std::max(largest, std::fabs(want[i]));
+  }
+  return {worst < 2e-6 * largest, text("largest error ", worst, ", largest element ", largest)};
+}
+
+// Runs the units in two calls, the later ones first, each with poisoned scratch.
+template <class Args>
+void run_units(void (*run)(const Args&, int64_t, int64_t, float*), const Args& args, const ConvPlan& plan) {
+  const int64_t split = plan.units / 3;
+  for (auto [begin, end] : {std::pair{split, plan.units}, std::pair{int64_t{0}, split}}) {
+    std::vector<float> scratch(as_size(plan.scratch), kNaN);
+    if (begin < end) run(args, begin, end, scratch.data());
+  }
+}
+
+bool is_depthwise(const ConvShape& shape) { return shape.groups == shape.cin && shape.groups == shape.cout; }
+
+}  // namespace
+
+Outcome masked_conv2d(const Kernels& kernels, DType weight_dtype, const ConvShape& shape, WeightLayout layout) {
+  const int64_t group_in = shape.cin / shape.groups;
+  const std::vector<float> values = random_floats(shape.n_in * shape.cin, 9), bias = random_floats(shape.cout, 10);
+  const Bytes weight = random_values(weight_dtype, shape.cout * group_in * shape.taps, 11);
+  const std::vector<int32_t> taps = random_taps(shape);
+  MaskedConvArgs args{};
+  args.values = values.data();
+  args.weight_dtype = weight_dtype;
+  args.weight = weight.data();
+  const int64_t strides[3][3] = {{group_in * shape.taps, shape.taps, 1},
+                                 {group_in * shape.taps, 1, group_in},
+                                 {shape.taps, shape.cout * shape.taps, 1}};
+  std::copy_n(strides[static_cast<int>(layout)], 3, args.weight_strides);
+  args.taps = taps.data();
+  args.n_out = shape.n_out;
+  args.cin = shape.cin;
+  args.cout = shape.cout;
+  args.groups = shape.groups;
+  args.num_taps = shape.taps;
+  Outcome outcome{};
+  for (const float* maybe_bias : {bias.data(), static_cast<const float*>(nullptr)}) {
+    args.bias = maybe_bias;
+    std::vector<float> out(as_size(shape.n_out * shape.cout), kNaN);
+    args.out = out.data();
+    if (is_depthwise(shape)) {
+      run_units(kernels.masked_depthwise, args, kernels.masked_depthwise_plan(args));
+    } else {
+      run_units(kernels.masked_conv2d, args, kernels.masked_conv2d_plan(args));
+    }
+    outcome = judge(out, reference::masked_conv2d(args));
+    if (!outcome.ok) return outcome;
+  }
+  return outcome;
+}
+
+Outcome masked_conv2d_weight(const Kernels& kernels, const ConvShape& shape) {
+  const std::vector<float> values = random_floats(shape.n_in * shape.cin, 12);
+  const std::vector<float> grad = random_floats(shape.n_out * shape.cout, 13);
+  const std::vector<int32_t> taps = random_taps(shape);
+  std::vector<float> out(as_size(shape.cout * (shape.cin / shape.groups) * shape.taps), kNaN);
+  MaskedConvWeightArgs args{};
+  args.values = values.data();
+  args.grad = grad.data();
+  args.taps = taps.data();
+  args.n_out = shape.n_out;
+  args.cin = shape.cin;
+  args.cout = shape.cout;
+  args.groups = shape.groups;
+  args.num_taps = shape.taps;
+  args.out = out.data();
+  const bool depthwise = is_depthwise(shape);
+  const ConvPlan plan = (depthwise ? kernels.masked_depthwise_weight_plan : kernels.masked_conv2d_weight_plan)(args);
+  std::vector<float> sums(as_size(plan.sums), kNaN);
+  args.sums = sums.data();
+  run_units(depthwise ? kernels.masked_depthwise_weight : kernels.masked_conv2d_weight, args, plan);
+  if (plan.reduce_units > 0) {
+    (depthwise ? kernels.masked_depthwise_weight_reduce : kernels.masked_conv2d_weight_reduce)(args, 0,
+                                                                                               plan.reduce_units);
+  }
+  return judge(out, reference::masked_conv2d_weight(args));
 }
 
 }  // namespace fastmkd::check

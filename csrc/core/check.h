@@ -24,6 +24,12 @@ struct PatchShape {
   int64_t batch, channels, height, width, patch, stride, kept;
 };
 
+struct ConvShape {
+  int64_t n_in, n_out, cin, cout, groups, taps;
+};
+
+enum class WeightLayout { contiguous, channels_last, transposed };
+
 Outcome cls_saliency(const Kernels& kernels, DType dtype, const SaliencyShape& shape, bool include_prefix);
 
 // Values repeat often and include both zeros, so that ties are the rule.
@@ -36,5 +42,9 @@ Outcome conversions(const Kernels& kernels);
 
 // Bias and positions, alone, together and absent, in every type they may have.
 Outcome prefill(const Kernels& kernels);
+
+// Forward with and without bias; a third of the taps are absent, and row 0 has none.
+Outcome masked_conv2d(const Kernels& kernels, DType weight_dtype, const ConvShape& shape, WeightLayout layout);
+Outcome masked_conv2d_weight(const Kernels& kernels, const ConvShape& shape);
 
 }  // namespace fastmkd::check

@@ -53,6 +53,36 @@ struct EpilogueArgs {
   void* out;        // (rows, width)
 };
 
+// Masked convolution: out[o] = bias + sum over taps t of values[taps[o, t]] @ weight[:, :, t]^T; -1 adds nothing.
+struct MaskedConvArgs {
+  const float* values;        // (n_in, cin), contiguous
+  DType weight_dtype;         // f32, bf16 or f16
+  const void* weight;         // (cout, cin / groups, num_taps)
+  int64_t weight_strides[3];  // in elements
+  const float* bias;          // (cout) or null
+  const int32_t* taps;        // (n_out, num_taps), rows of values or -1
+  int64_t n_out, cin, cout, groups, num_taps;
+  float* out;  // (n_out, cout)
+};
+
+// Its gradient in the weight: out[:, :, t] = sum over rows o of grad[o]^T values[taps[o, t]].
+struct MaskedConvWeightArgs {
+  const float* values;  // (n_in, cin), contiguous
+  const float* grad;    // (n_out, cout), contiguous
+  const int32_t* taps;  // (n_out, num_taps)
+  int64_t n_out, cin, cout, groups, num_taps;
+  float* sums;  // scratch that all units share
+  float* out;   // (cout, cin / groups, num_taps)
+};
+
+// How a convolution is cut for this instruction set; a function of the shapes alone.
+struct ConvPlan {
+  int64_t units;         // independent work items
+  int64_t scratch;       // floats that each thread needs
+  int64_t sums;          // floats that all threads share (weight gradient)
+  int64_t reduce_units;  // work items of the second pass, 0 when there is none (weight gradient)
+};
+
 // The helpers below are `static` because the instruction-set translation units must not export inline functions.
 
 // Keys of one head that enter the softmax.
@@ -88,23 +118,51 @@ struct Kernels {
   // Elements [begin, end): bf16 or f16 to float32 and back (round to nearest even).
   void (*widen)(DType from, const void* in, float* out, int64_t begin, int64_t end);
   void (*narrow)(DType to, const float* in, void* out, int64_t begin, int64_t end);
+  // Units [begin, end) of the plan.
+  ConvPlan (*masked_conv2d_plan)(const MaskedConvArgs& args);
+  void (*masked_conv2d)(const MaskedConvArgs& args, int64_t begin, int64_t end, float* scratch);
+  // Units [begin, end) of the plan, and when it has a second pass that pass, once all units are done.
+  ConvPlan (*masked_conv2d_weight_plan)(const MaskedConvWeightArgs& args);
+  void (*masked_conv2d_weight)(const MaskedConvWeightArgs& args, int64_t begin, int64_t end, float* scratch);
+  void (*masked_conv2d_weight_reduce)(const MaskedConvWeightArgs& args, int64_t begin, int64_t end);
+  // The same for groups == cin == cout.
+  ConvPlan (*masked_depthwise_plan)(const MaskedConvArgs& args);
+  void (*masked_depthwise)(const MaskedConvArgs& args, int64_t begin, int64_t end, float* scratch);
+  ConvPlan (*masked_depthwise_weight_plan)(const MaskedConvWeightArgs& args);
+  void (*masked_depthwise_weight)(const MaskedConvWeightArgs& args, int64_t begin, int64_t end, float* scratch);
+  void (*masked_depthwise_weight_reduce)(const MaskedConvWeightArgs& args, int64_t begin, int64_t end);
 };
 
-#define FASTMKD_DECLARE_KERNELS(isa)                                                              \
-  namespace isa {                                                                                 \
-  void cls_logits(const ClsSaliencyArgs& args, int64_t begin, int64_t end, float* scratch);       \
-  void cls_softmax(const ClsSaliencyArgs& args, int64_t begin, int64_t end);                      \
-  int64_t select_tokens(const SelectTokensArgs& args, int64_t begin, int64_t end, void* scratch); \
-  void gather_patches(const PatchArgs& args, int64_t begin, int64_t end);                         \
-  void prefill(const EpilogueArgs& args, int64_t begin, int64_t end);                             \
-  void widen(DType from, const void* in, float* out, int64_t begin, int64_t end);                 \
-  void narrow(DType to, const float* in, void* out, int64_t begin, int64_t end);                  \
+#define FASTMKD_DECLARE_KERNELS(isa)                                                                          \
+  namespace isa {                                                                                             \
+  void cls_logits(const ClsSaliencyArgs& args, int64_t begin, int64_t end, float* scratch);                   \
+  void cls_softmax(const ClsSaliencyArgs& args, int64_t begin, int64_t end);                                  \
+  int64_t select_tokens(const SelectTokensArgs& args, int64_t begin, int64_t end, void* scratch);             \
+  void gather_patches(const PatchArgs& args, int64_t begin, int64_t end);                                     \
+  void prefill(const EpilogueArgs& args, int64_t begin, int64_t end);                                         \
+  void widen(DType from, const void* in, float* out, int64_t begin, int64_t end);                             \
+  void narrow(DType to, const float* in, void* out, int64_t begin, int64_t end);                              \
+  ConvPlan masked_conv2d_plan(const MaskedConvArgs& args);                                                    \
+  void masked_conv2d(const MaskedConvArgs& args, int64_t begin, int64_t end, float* scratch);                 \
+  ConvPlan masked_conv2d_weight_plan(const MaskedConvWeightArgs& args);                                       \
+  void masked_conv2d_weight(const MaskedConvWeightArgs& args, int64_t begin, int64_t end, float* scratch);    \
+  void masked_conv2d_weight_reduce(const MaskedConvWeightArgs& args, int64_t begin, int64_t end);             \
+  ConvPlan masked_depthwise_plan(const MaskedConvArgs& args);                                                 \
+  void masked_depthwise(const MaskedConvArgs& args, int64_t begin, int64_t end, float* scratch);              \
+  ConvPlan masked_depthwise_weight_plan(const MaskedConvWeightArgs& args);                                    \
+  void masked_depthwise_weight(const MaskedConvWeightArgs& args, int64_t begin, int64_t end, float* scratch); \
+  void masked_depthwise_weight_reduce(const MaskedConvWeightArgs& args, int64_t begin, int64_t end);          \
   }
 
-#define FASTMKD_KERNEL_TABLE(isa)                                                                              \
-  ::fastmkd::Kernels {                                                                                         \
-    ::fastmkd::isa::cls_logits, ::fastmkd::isa::cls_softmax, ::fastmkd::isa::select_tokens,                    \
-        ::fastmkd::isa::gather_patches, ::fastmkd::isa::prefill, ::fastmkd::isa::widen, ::fastmkd::isa::narrow \
+#define FASTMKD_KERNEL_TABLE(isa)                                                                                     \
+  ::fastmkd::Kernels {                                                                                                \
+    ::fastmkd::isa::cls_logits, ::fastmkd::isa::cls_softmax, ::fastmkd::isa::select_tokens,                           \
+        ::fastmkd::isa::gather_patches, ::fastmkd::isa::prefill, ::fastmkd::isa::widen, ::fastmkd::isa::narrow,       \
+        ::fastmkd::isa::masked_conv2d_plan, ::fastmkd::isa::masked_conv2d, ::fastmkd::isa::masked_conv2d_weight_plan, \
+        ::fastmkd::isa::masked_conv2d_weight, ::fastmkd::isa::masked_conv2d_weight_reduce,                            \
+        ::fastmkd::isa::masked_depthwise_plan, ::fastmkd::isa::masked_depthwise,                                      \
+        ::fastmkd::isa::masked_depthwise_weight_plan, ::fastmkd::isa::masked_depthwise_weight,                        \
+        ::fastmkd::isa::masked_depthwise_weight_reduce                                                                \
   }
 
 }  // namespace fastmkd

@@ -207,4 +207,46 @@ std::vector<double> gather_patches(const PatchArgs& args, int64_t batch) {
   return rows;
 }
 
+namespace {
+
+// Calls fn(o, n, out_channel, in_channel of the group, tap) for every product of a masked convolution.
+template <class Args, class Fn>
+void for_each_product(const Args& args, Fn fn) {
+  const int64_t group_in = args.cin / args.groups, group_out = args.cout / args.groups;
+  for (int64_t o = 0; o < args.n_out; ++o) {
+    for (int64_t t = 0; t < args.num_taps; ++t) {
+      const int64_t n = args.taps[o * args.num_taps + t];
+      if (n < 0) continue;
+      for (int64_t c = 0; c < args.cout; ++c) {
+        for (int64_t i = 0; i < group_in; ++i) fn(o, n * args.cin + c / group_out * group_in + i, c, i, t);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<double> masked_conv2d(const MaskedConvArgs& args) {
+  std::vector<double> out(static_cast<size_t>(args.n_out * args.cout));
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = args.bias == nullptr ? 0.0 : args.bias[i % static_cast<size_t>(args.cout)];
+  }
+  for_each_product(args, [&](int64_t o, int64_t x, int64_t c, int64_t i, int64_t t) {
+    const int64_t* strides = args.weight_strides;
+    const double w = decode(args.weight_dtype, args.weight, c * strides[0] + i * strides[1] + t * strides[2]);
+    out[static_cast<size_t>(o * args.cout + c)] += static_cast<double>(args.values[x]) * w;
+  });
+  return out;
+}
+
+std::vector<double> masked_conv2d_weight(const MaskedConvWeightArgs& args) {
+  const int64_t group_in = args.cin / args.groups;
+  std::vector<double> out(static_cast<size_t>(args.cout * group_in * args.num_taps));
+  for_each_product(args, [&](int64_t o, int64_t x, int64_t c, int64_t i, int64_t t) {
+    out[static_cast<size_t>((c * group_in + i) * args.num_taps + t)] +=
+        static_cast<double>(args.values[x]) * static_cast<double>(args.grad[o * args.cout + c]);
+  });
+  return out;
+}
+
 }  // namespace fastmkd::reference

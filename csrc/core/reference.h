@@ -22,4 +22,10 @@ std::vector<int64_t> select_tokens(const SelectTokensArgs& args, int64_t batch);
 // (batch * kept, channels * patch_h * patch_w)
 std::vector<double> gather_patches(const PatchArgs& args, int64_t batch);
 
+// (n_out, cout)
+std::vector<double> masked_conv2d(const MaskedConvArgs& args);
+
+// (cout, cin / groups, num_taps)
+std::vector<double> masked_conv2d_weight(const MaskedConvWeightArgs& args);
+
 }  // namespace fastmkd::reference

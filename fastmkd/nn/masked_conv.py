@@ -156,7 +156,7 @@ def convolve(
     size = window.output_size(input.size_hw)
     if window.kernel == (1, 1) and window.padding == (0, 0) and window.padding_end in (None, (0, 0)):
         if window.stride != (1, 1):
-            values = values.index_select(0, input.plan.taps(input.cell, window).forward[:, 0])
+            values = values.index_select(0, input.plan.forward_taps(input.cell, window)[:, 0])
         return input.with_values(_pointwise(values, weight, bias, groups), size)
     taps = input.plan.taps(input.cell, window)
     out = masked_conv2d(

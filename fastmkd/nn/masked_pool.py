@@ -58,8 +58,8 @@ def max_pool2d(
     if return_indices:
         raise input._unsupported("max_pool2d with return_indices=True")
     window = _window(input, kernel_size, stride, padding, dilation, ceil_mode)
-    taps, inside = input.plan.taps(input.cell, window), input.plan.inside(input.cell, window)
-    out = _MaxOverTaps.apply(input.values, taps.forward, taps.backward, inside)
+    plan, cell = input.plan, input.cell
+    out = _MaxOverTaps.apply(input.values, plan.forward_taps(cell, window), plan.inside(cell, window))
     return input.with_values(out, window.output_size(input.size_hw))
 
 
@@ -165,34 +165,33 @@ def adaptive_max_pool2d(input: PackedFeatures, output_size: Any, return_indices:
 class _MaxOverTaps(torch.autograd.Function):
     """Maximum under a window, tap by tap, so that the taps of all rows never lie in memory at once.
 
-    As in PyTorch the first of equal values wins, and NaN beats all. The gradient is gathered, not scattered: its sums
-    run in a fixed order.
+    As in PyTorch the first of equal values wins, and NaN beats all. No two output rows read one input row through the
+    same tap, so the gradient's sums run in a fixed order.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, taps: Tensor, taps_back: Tensor, inside: Tensor) -> Tensor:
-        zero, outside = len(values), len(values) + 1
+    def forward(ctx: Any, values: Tensor, taps: Tensor, inside: Tensor) -> Tensor:
         extra = [values.new_full((1, values.shape[1]), fill) for fill in (0.0, -torch.inf)]
         padded = torch.cat((values, *extra))
-        index = torch.where(taps >= 0, taps, torch.where(inside, zero, outside))  # (N_out, T)
-        best = padded[index[:, 0]]
+        index = torch.where(taps >= 0, taps, torch.where(inside, len(values), len(values) + 1)).t().contiguous()
+        best = padded.index_select(0, index[0])  # (N_out, C)
         winner = torch.zeros(best.shape, dtype=torch.int16, device=values.device)
-        for tap in range(1, taps.shape[1]):
-            value = padded[index[:, tap]]
-            better = (value > best) | value.isnan()
-            best, winner = torch.where(better, value, best), winner.masked_fill_(better, tap)
-        ctx.save_for_backward(winner, taps_back)
+        for tap in range(1, len(index)):
+            value = padded.index_select(0, index[tap])
+            winner = torch.maximum(winner, (value > best).to(torch.int16).mul_(tap))  # integers: where is slow on CPUs
+            best = torch.maximum(best, value)
+        ctx.rows = len(values)
+        ctx.save_for_backward(winner, taps)
         return best
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        winner, taps_back = ctx.saved_tensors
-        total = grad.new_zeros(len(taps_back), grad.shape[1])
-        for tap in range(taps_back.shape[1]):
-            row = taps_back[:, tap]
-            used = (row >= 0)[:, None] & (winner[row] == tap)  # row -1 reads the last row and is masked out
-            total += torch.where(used, grad[row], 0)
-        return total, None, None, None
+        winner, taps = ctx.saved_tensors
+        index = torch.where(taps < 0, ctx.rows, taps).t().contiguous()  # what has no row goes to an extra one
+        total = grad.new_zeros(ctx.rows + 1, grad.shape[1])
+        for tap in range(len(index)):
+            total.index_add_(0, index[tap], grad * (winner == tap).to(grad.dtype))
+        return total[:-1], None, None
 
 
 def _divisor(x: PackedFeatures, window: Window, size: Pair, count_include_pad: bool) -> Tensor | int:

@@ -10,11 +10,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["Pair", "Window", "tap_table"]
 
 Pair = tuple[int, int]
+_NONE = -(2**30)  # plus any pixel of a cell it stays negative
 
 
 class Window(NamedTuple):
@@ -84,15 +86,16 @@ def tap_table(
 def _tap_table(cells: Tensor, rank: Tensor, numbers: list[int], transposed: bool) -> tuple[Tensor, Tensor]:
     cell, out_cell, kernel, stride, padding, dilation = zip(numbers[::2], numbers[1::2], strict=True)
     window = Window(kernel, stride, padding, dilation)
+    local = (_local_taps_transposed if transposed else _local_taps)(cell, out_cell, window, cells.device)
     source = out_cell if transposed else cell
-    offsets, which, pixel = (_local_taps_transposed if transposed else _local_taps)(cell, out_cell, window)  # (P, T)
-    neighbours = _neighbour_cells(cells, rank, offsets)  # (V, O)
-    which, pixel = which.to(cells.device), pixel.to(cells.device)
-    owner = neighbours[:, which.clamp_min(0).flatten()].view(-1, *which.shape)  # (V, O) -> (V, P, T)
-    rows = owner * (source[0] * source[1]) + pixel
-    absent = (owner < 0) | (which < 0)
-    table = torch.where(absent, -1, rows).flatten(0, 1).to(torch.int32).contiguous()
-    return table, _order(table)
+    owner = _neighbour_cells(cells, rank, local.offsets)  # (V, O)
+    first_row = torch.where(owner < 0, _NONE, owner * (source[0] * source[1])).to(torch.int32)
+    first_row = F.pad(first_row, (0, 1), value=_NONE)  # (V, O + 1): the last column is for taps that never exist
+    table = first_row.gather(1, local.column.expand(len(cells), -1)).add_(local.pixel).clamp_(min=-1)  # (V, P * T)
+    # Each tap lies in one cell, so the bits of the cells that are seen add up to the pattern of the row.
+    pattern = (owner >= 0).double() @ local.bits  # (V, P)
+    order = pattern.flatten().argsort(descending=True, stable=True)
+    return table.view(-1, kernel[0] * kernel[1]), order.to(torch.int32)
 
 
 @_tap_table.register_fake
@@ -102,19 +105,35 @@ def _(cells: Tensor, rank: Tensor, numbers: list[int], transposed: bool) -> tupl
     return cells.new_empty((rows, numbers[4] * numbers[5]), dtype=torch.int32), cells.new_empty(rows, dtype=torch.int32)
 
 
-def _neighbour_cells(cells: Tensor, rank: Tensor, offsets: tuple[Pair, ...]) -> Tensor:
+def _neighbour_cells(cells: Tensor, rank: Tensor, offsets: Tensor) -> Tensor:
     """``(V, O)`` int64: among the visible cells, the one at each offset; -1 where it is hidden or off the grid."""
     _, gh, gw = rank.shape
     image, y, x = cells // (gh * gw), cells // gw % gh, cells % gw
-    dy, dx = torch.tensor(offsets, device=cells.device).view(-1, 2).unbind(1)  # (O,)
+    dy, dx = offsets.unbind(1)  # (O,)
     ny, nx = y[:, None] + dy, x[:, None] + dx  # (V, O)
     inside = (ny >= 0) & (ny < gh) & (nx >= 0) & (nx < gw)
     found = rank[image[:, None], ny.clamp(0, gh - 1), nx.clamp(0, gw - 1)]
     return torch.where(inside, found, -1)
 
 
-@lru_cache(maxsize=256)
-def _local_taps(cell: Pair, out_cell: Pair, window: Window) -> tuple[tuple[Pair, ...], Tensor, Tensor]:
+class _Local(NamedTuple):
+    """Where the taps of the P pixels of a cell lie, the same for every cell; kept on the device between batches.
+
+    Attributes:
+        offsets: ``(O, 2)`` int64, distinct cell offsets ``(dy, dx)``.
+        column: ``(P * T,)`` int64, which offset a tap needs; O if it never exists.
+        pixel: ``(P * T,)`` int32, the pixel within that cell.
+        bits: ``(O, P)`` float64, bit t is set where tap t of pixel p needs offset o; exact, for at most 52 taps.
+    """
+
+    offsets: Tensor
+    column: Tensor
+    pixel: Tensor
+    bits: Tensor
+
+
+@lru_cache(maxsize=512)
+def _local_taps(cell: Pair, out_cell: Pair, window: Window, device: torch.device) -> _Local:
     """For each pixel of an output cell and each tap: the cell offset at which the input lies, and the pixel there."""
     per_axis = [
         torch.arange(out_cell[a])[:, None] * window.stride[a]
@@ -122,11 +141,11 @@ def _local_taps(cell: Pair, out_cell: Pair, window: Window) -> tuple[tuple[Pair,
         - window.padding[a]
         for a in (0, 1)
     ]  # (P_a, T_a): input coordinate relative to the cell's corner
-    return _locate(per_axis, [torch.ones_like(p, dtype=torch.bool) for p in per_axis], cell)
+    return _locate(per_axis, [torch.ones_like(p, dtype=torch.bool) for p in per_axis], cell, device)
 
 
-@lru_cache(maxsize=256)
-def _local_taps_transposed(cell: Pair, out_cell: Pair, window: Window) -> tuple[tuple[Pair, ...], Tensor, Tensor]:
+@lru_cache(maxsize=512)
+def _local_taps_transposed(cell: Pair, out_cell: Pair, window: Window, device: torch.device) -> _Local:
     """For each pixel of an input cell and each tap: the output pixel that reads it through this tap, if any."""
     per_axis, exists = [], []
     for a in (0, 1):
@@ -135,27 +154,22 @@ def _local_taps_transposed(cell: Pair, out_cell: Pair, window: Window) -> tuple[
         )  # output coordinate times the stride
         per_axis.append(shifted.div(window.stride[a], rounding_mode="floor"))
         exists.append(shifted % window.stride[a] == 0)
-    return _locate(per_axis, exists, out_cell)
+    return _locate(per_axis, exists, out_cell, device)
 
 
-def _locate(per_axis: list[Tensor], exists: list[Tensor], cell: Pair) -> tuple[tuple[Pair, ...], Tensor, Tensor]:
-    """Splits coordinates relative to a cell's corner into cell offset and pixel; offset index -1 where none exists."""
+def _locate(per_axis: list[Tensor], exists: list[Tensor], cell: Pair, device: torch.device) -> _Local:
+    """Splits coordinates relative to a cell's corner into cell offset and pixel."""
     offset = [c.div(size, rounding_mode="floor") for c, size in zip(per_axis, cell, strict=True)]
     local = [c % size for c, size in zip(per_axis, cell, strict=True)]
     # (Ph, Th) and (Pw, Tw) -> (Ph, Pw, Th, Tw) -> (P, T)
     spread = lambda v, h: (v[:, None, :, None] + h[None, :, None, :]).flatten(2).flatten(0, 1)  # noqa: E731
-    span = int(offset[1].max() - offset[1].min()) + 1
-    code = spread((offset[0] - offset[0].min()) * span, offset[1] - offset[1].min())
-    distinct, which = code.unique(return_inverse=True)
     low_y, low_x = int(offset[0].min()), int(offset[1].min())
-    offsets = tuple((int(c) // span + low_y, int(c) % span + low_x) for c in distinct)
-    present = spread(exists[0].int(), exists[1].int()) == 2
-    return offsets, torch.where(present, which, -1), spread(local[0] * cell[1], local[1])
-
-
-def _order(table: Tensor) -> Tensor:
-    """Rows sorted by which taps are present, most first; rows with the same taps keep their order."""
-    taps = table.shape[1]
-    bits = torch.arange(min(taps, 62), device=table.device)
-    pattern = ((table[:, : len(bits)] >= 0).long() << bits).sum(1)
-    return pattern.argsort(descending=True, stable=True).to(torch.int32)
+    span = int(offset[1].max()) - low_x + 1
+    distinct, which = spread((offset[0] - low_y) * span, offset[1] - low_x).unique(return_inverse=True)
+    offsets = torch.stack((distinct // span + low_y, distinct % span + low_x), dim=1)
+    column = torch.where(spread(exists[0].int(), exists[1].int()) == 2, which, len(offsets))  # (P, T)
+    pixel = spread(local[0] * cell[1], local[1]).to(torch.int32)
+    taps = min(column.shape[1], 52)
+    chosen = column[:, :taps] == torch.arange(len(offsets))[:, None, None]  # (O, P, taps)
+    bits = chosen.double() @ torch.tensor([2.0**t for t in range(taps)], dtype=torch.float64)
+    return _Local(offsets.to(device), column.flatten().to(device), pixel.flatten().to(device), bits.to(device))

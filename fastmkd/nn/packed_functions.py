@@ -169,7 +169,8 @@ def _dropout2d(
     if lead.channels_last:
         raise lead._unsupported("dropout2d in channels-last order")
     kept = F.dropout(lead.values.new_ones(*lead.shape[:2], 1, 1), p, training)  # a channel of an image goes as a whole
-    return torch.mul(x, kept)  # type: ignore[no-any-return]
+    out: PackedFeatures = x * kept
+    return out
 
 
 def _expand_as(lead: PackedFeatures, x: Tensor, other: PackedFeatures) -> Tensor:

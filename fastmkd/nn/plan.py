@@ -8,7 +8,9 @@ on the mask at all). No hash, no search, and nothing to build anew per layer.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,17 +66,19 @@ class MaskPlan:
         if visible.dim() != 3 or visible.numel() == 0:
             raise ValueError(f"visible has shape {tuple(visible.shape)}; expected (B, gh, gw), a cell grid per image.")
         _require(visible.flatten(1).any(1).all(), "visible hides an image entirely; every image needs a visible cell.")
-        flat = visible.flatten()
-        if count is None:
-            self.cells = flat.nonzero()[:, 0]  # (V,), the one host read when the mask is on a GPU
-        else:
-            _require(flat.sum() == count, f"count is {count}, which is not the number of visible cells.")
-            self.cells = torch.nonzero_static(flat, size=count)[:, 0]
+        with _lasting():
+            flat = visible.flatten()
+            if count is None:
+                self.cells = flat.nonzero()[:, 0]  # (V,), the one host read when the mask is on a GPU
+            else:
+                _require(flat.sum() == count, f"count is {count}, which is not the number of visible cells.")
+                self.cells = torch.nonzero_static(flat, size=count)[:, 0]
+            # (B, gh, gw): position of a cell among the visible ones
+            self.rank = torch.where(flat, flat.cumsum(0) - 1, -1).view_as(visible)
         self.visible = visible
         self.batch, self.grid = visible.shape[0], (visible.shape[1], visible.shape[2])
-        # (B, gh, gw): position of a cell among the visible ones
-        self.rank = torch.where(flat, flat.cumsum(0) - 1, -1).view_as(visible)
         self._taps: dict[tuple[Pair, Window], Taps] = {}
+        self._tables: dict[tuple[Pair, Window, bool], tuple[Tensor, Tensor]] = {}
         self._inside: dict[tuple[Pair, Window], Tensor] = {}
 
     @property
@@ -154,13 +158,22 @@ class MaskPlan:
         """
         key = (cell, window)
         if key not in self._taps:
-            # A teacher's pass under inference_mode must not leave tables that a student's training cannot save.
-            if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-                with torch.inference_mode(False):
-                    self._taps[key] = self._build(cell, window)
-            else:
-                self._taps[key] = self._build(cell, window)
+            forward, forward_order = self._table(cell, window)
+            backward, backward_order = self._table(cell, window, transposed=True)
+            self._taps[key] = Taps(forward, backward, forward_order, backward_order)
         return self._taps[key]
+
+    def forward_taps(self, cell: Pair, window: Window) -> Tensor:
+        """Returns ``taps(cell, window).forward`` alone, for what needs no other table; cached.
+
+        Args:
+            cell: ``(ch, cw)`` of the input map.
+            window: kernel, stride, padding and dilation.
+
+        Raises:
+            ValueError: as `taps`.
+        """
+        return self._table(cell, window)[0]
 
     def inside(self, cell: Pair, window: Window) -> Tensor:
         """Returns which taps of each output row lie in the image, seen or hidden: ``(N_out, T)`` bool; cached.
@@ -182,11 +195,14 @@ class MaskPlan:
             self._inside[key] = (per_axis[0][:, :, None] & per_axis[1][:, None, :]).flatten(1)
         return self._inside[key]
 
-    def _build(self, cell: Pair, window: Window) -> Taps:
-        out_cell = _output_cell(self.grid, cell, window)
-        forward, forward_order = tap_table(self.cells, self.rank, cell, out_cell, window)
-        backward, backward_order = tap_table(self.cells, self.rank, cell, out_cell, window, transposed=True)
-        return Taps(forward, backward, forward_order, backward_order)
+    def _table(self, cell: Pair, window: Window, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        """A table and its order, from the cache or built."""
+        key = (cell, window, transposed)
+        if key not in self._tables:
+            out_cell = _output_cell(self.grid, cell, window)
+            with _lasting():
+                self._tables[key] = tap_table(self.cells, self.rank, cell, out_cell, window, transposed)
+        return self._tables[key]
 
 
 def _output_cell(grid: Pair, cell: Pair, window: Window) -> Pair:
@@ -201,6 +217,12 @@ def _output_cell(grid: Pair, cell: Pair, window: Window) -> Pair:
                 "stride that divides the cell. Choose a coarser grid, or call .to_dense() before this layer."
             )
     return cell[0] // window.stride[0], cell[1] // window.stride[1]
+
+
+def _lasting() -> AbstractContextManager[Any]:
+    """Lets a teacher's pass under inference_mode leave tables that a student's training can save for its backward."""
+    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if inference else nullcontext()
 
 
 def _require(condition: Tensor, sentence: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton
+from . import native, triton
 from .masked_conv2d_weight import masked_conv2d_weight
 from .registry import Backend, BadInput, Cost, Sample, declare
 from .tap_tables import gather_taps, on_device, tap_samples
@@ -30,7 +30,7 @@ SCHEMA = (
     "masked_conv2d(Tensor values, Tensor weight, Tensor? bias, Tensor taps, Tensor taps_back, "
     "Tensor order, Tensor order_back, int groups) -> Tensor"
 )
-GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def masked_conv2d(
@@ -182,6 +182,8 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def transposed(weight: Tensor, groups: int) -> Tensor:
     """Swaps the channel roles within each group: ``(Cout, Cin/g, kh, kw)`` -> ``(Cin, Cout/g, kh, kw)``.
 
+    A view for a single group: the backends take a weight of any strides.
+
     Args:
         weight: ``(Cout, Cin / groups, kh, kw)``.
         groups: number of groups.
@@ -190,7 +192,7 @@ def transposed(weight: Tensor, groups: int) -> Tensor:
         >>> transposed(torch.zeros(6, 2, 3, 3), 2).shape
         torch.Size([4, 3, 3, 3])
     """
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def samples(device: str, dtype: torch.dtype) -> list[Sample]:
@@ -258,6 +260,7 @@ _entry = declare(
     bad_inputs=bad_inputs,
     cost=cost,
     backends=[
-        Backend("triton", triton.launcher("masked_conv2d"), "cuda", GPU_DTYPES, triton.missing),
+        Backend("cpp", native.entry("masked_conv2d"), "cpu", FAST_DTYPES, native.missing_cpu),
+        Backend("triton", triton.launcher("masked_conv2d"), "cuda", FAST_DTYPES, triton.missing),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton
+from . import native, triton
 from .registry import Backend, BadInput, Cost, Sample, declare
 from .tap_tables import gather_taps, on_device, tap_samples
 
@@ -24,7 +24,7 @@ __all__ = ["masked_conv2d_weight"]
 SCHEMA = (
     "masked_conv2d_weight(Tensor values, Tensor grad, Tensor taps, Tensor order, int kh, int kw, int groups) -> Tensor"
 )
-GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def masked_conv2d_weight(
@@ -163,6 +163,7 @@ _entry = declare(
     bad_inputs=bad_inputs,
     cost=cost,
     backends=[
-        Backend("triton", triton.launcher("masked_conv2d_weight"), "cuda", GPU_DTYPES, triton.missing),
+        Backend("cpp", native.entry("masked_conv2d_weight"), "cpu", FAST_DTYPES, native.missing_cpu),
+        Backend("triton", triton.launcher("masked_conv2d_weight"), "cuda", FAST_DTYPES, triton.missing),
     ],
 )

@@ -62,7 +62,7 @@ def load_data(recipe: DataRecipe) -> DataSource:
     Example:
         >>> source = load_data(DataRecipe(name="digits"))
         >>> len(source.train), len(source.test), source.channels, source.image_size
-        (1437, 360, 1, 8)
+        (1438, 359, 1, 8)
     """
     if recipe.name not in DATASETS:
         raise UserError(f"data.name is {recipe.name!r}; known are {', '.join(DATASETS)}.")

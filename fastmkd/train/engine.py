@@ -72,17 +72,25 @@ def make_accelerator(recipe: Recipe) -> Any:
         recipe: its part `run` counts.
 
     Raises:
-        UserError: the device cannot do the precision.
+        UserError: the device cannot do the precision, or Accelerate is set to split networks over processes.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
 
     # A teacher trained in the same process may have used another precision, which Accelerate remembers globally.
     AcceleratorState._reset_state()
     try:
-        return Accelerator(mixed_precision=recipe.run.precision, cpu=recipe.run.device == "cpu")
+        accelerator = Accelerator(mixed_precision=recipe.run.precision, cpu=recipe.run.device == "cpu")
     except ValueError as error:
         raise UserError(f"run.precision is {recipe.run.precision!r}, which does not work here: {error}") from None
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"Accelerate is set to {kind.value}, which splits networks over processes; tests of a student and its "
+            "moving average need them whole. Launch with torchrun or accelerate launch --multi_gpu (DDP)."
+        )
+    return accelerator
 
 
 class Trainer:

@@ -90,6 +90,30 @@ void test_kernels(Isa isa) {
   expect(check::prefill(table), name + "prefill");
 }
 
+void test_masked_convolutions(Isa isa) {
+  const Kernels& table = kernels(isa);
+  // Several blocks of rows, several panels, narrow inputs, odd widths, grouped, depthwise, one row.
+  const check::ConvShape shapes[] = {
+      {300, 2100, 17, 5, 1, 9},   {90, 140, 64, 64, 1, 9},  {50, 60, 130, 144, 1, 4}, {80, 700, 3, 37, 1, 49},
+      {70, 90, 37, 24, 1, 1},     {60, 50, 24, 12, 4, 9},   {60, 50, 80, 160, 2, 3},  {60, 50, 8, 16, 8, 9},
+      {200, 1300, 40, 40, 40, 9}, {60, 90, 97, 97, 97, 49}, {1, 1, 16, 16, 1, 9},     {9, 7, 1, 1, 1, 9},
+  };
+  for (const check::ConvShape& shape : shapes) {
+    const std::string name = std::string(isa_name(isa)) + " masked_conv2d " + std::to_string(shape.cin) + " to " +
+                             std::to_string(shape.cout) + " in " + std::to_string(shape.groups);
+    for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      expect(check::masked_conv2d(table, dtype, shape, check::WeightLayout::contiguous), name);
+    }
+    expect(check::masked_conv2d(table, DType::f32, shape, check::WeightLayout::channels_last), name + " channels-last");
+    if (shape.groups == 1) {
+      expect(check::masked_conv2d(table, DType::f32, shape, check::WeightLayout::transposed), name + " transposed");
+      expect(check::masked_conv2d(table, DType::bf16, shape, check::WeightLayout::transposed),
+             name + " transposed bf16");
+    }
+    expect(check::masked_conv2d_weight(table, shape), name + " weight");
+  }
+}
+
 // Two threads switch and run at once: what the thread sanitizer looks at.
 void test_threads() {
   std::vector<std::thread> threads;
@@ -110,6 +134,7 @@ int main() {
   test_isa_environment();
   test_isa_override();
   for (Isa isa : available_isas()) test_kernels(isa);
+  for (Isa isa : available_isas()) test_masked_convolutions(isa);
   for (const SelfTestResult& result : self_test()) expect(result.ok, "self_test " + result.name + ": " + result.detail);
   test_threads();
   std::printf("%d failed\n", failures);

@@ -218,11 +218,103 @@ def test_results_do_not_depend_on_the_thread_count(ops):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def convolution_by_numpy(values, weight, bias, taps, groups):
+    """Every tap of every row by itself, in float64."""
+    x = np.concatenate((values.double().numpy(), np.zeros((1, values.shape[1]))))[taps.numpy()]  # (N, T, Cin)
+    w = weight.double().flatten(2).unflatten(0, (groups, -1)).numpy()  # (g, Cout/g, Cin/g, T)
+    out = np.einsum("ntgi,goit->ngo", x.reshape(*taps.shape, groups, -1), w).reshape(len(taps), -1)
+    return out if bias is None else out + bias.double().numpy()
+
+
+def tables(rows_in, rows_out, taps):
+    g = torch.Generator().manual_seed(rows_out)
+    table = torch.randint(-rows_in // 2, rows_in, (rows_out, taps), generator=g).clamp_(min=-1).int()
+    back = torch.full((rows_in, taps), -1, dtype=torch.int32)  # not read by the CPU kernel
+    return table, back, torch.arange(rows_out, dtype=torch.int32), torch.arange(rows_in, dtype=torch.int32)
+
+
+# Cin, Cout, groups, kernel: narrow, odd, wide, grouped, depthwise
+CONVOLUTIONS = [(3, 64, 1, 7), (37, 24, 1, 3), (144, 96, 1, 3), (64, 64, 32, 3), (96, 96, 96, 7), (5, 5, 5, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("cin", "cout", "groups", "kernel"), CONVOLUTIONS)
+def test_masked_conv2d(ops, cin, cout, groups, kernel, dtype):
+    taps = tables(300, 400, kernel**2)
+    values, bias = rand(300, cin, dtype=dtype), rand(cout, dtype=dtype, seed=2)
+    weight = rand(cout, cin // groups, kernel, kernel, dtype=dtype, seed=1) / kernel
+    want = torch.from_numpy(convolution_by_numpy(values, weight, bias, taps[0], groups))
+    for layout in (weight, weight.contiguous(memory_format=torch.channels_last), weight.mT.contiguous().mT):
+        out = ops.masked_conv2d(values, layout, bias, *taps, groups)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), want, rtol=ROUNDING[dtype] + 1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("cin", "cout", "groups", "kernel"), CONVOLUTIONS)
+def test_masked_conv2d_weight(ops, cin, cout, groups, kernel):
+    taps, _, order, _ = tables(300, 2500, kernel**2)
+    values, grad = rand(300, cin), rand(2500, cout, seed=1)
+    out = ops.masked_conv2d_weight(values, grad, taps, order, kernel, kernel, groups)
+    x = np.concatenate((values.double().numpy(), np.zeros((1, cin))))[taps.numpy()].reshape(*taps.shape, groups, -1)
+    want = np.einsum("ntgi,ngo->goit", x, grad.double().numpy().reshape(2500, groups, -1), optimize=True)
+    torch.testing.assert_close(out.double().flatten(), torch.from_numpy(want).flatten(), rtol=1e-5, atol=1e-3)
+
+
+def test_masked_convolutions_do_not_depend_on_the_thread_count(ops):
+    """A known sparse convolution library gives other answers with two threads."""
+    before = torch.get_num_threads()
+    for cin, cout, groups, kernel in ((64, 64, 1, 3), (3, 64, 1, 7), (160, 200, 1, 3), (96, 96, 96, 7)):
+        taps = tables(900, 3000, kernel**2)
+        values, grad, weight = rand(900, cin), rand(3000, cout), rand(cout, cin // groups, kernel, kernel)
+        results = []
+        try:
+            for threads in (1, 2, 3, 2):
+                torch.set_num_threads(threads)
+                forward = ops.masked_conv2d(values, weight, None, *taps, groups)
+                results.append((forward, ops.masked_conv2d_weight(values, grad, *taps[::2], kernel, kernel, groups)))
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_masked_convolutions_without_rows(ops):
+    none = tables(4, 0, 9)
+    assert ops.masked_conv2d(rand(4, 8), rand(6, 8, 3, 3), None, *none, 1).shape == (0, 6)
+    assert (ops.masked_conv2d_weight(rand(4, 8), rand(0, 6), none[0], none[2], 3, 3, 1) == 0).all()
+    hidden = torch.full((5, 9), -1, dtype=torch.int32)
+    order = torch.arange(5, dtype=torch.int32)
+    out = ops.masked_conv2d(rand(0, 8), rand(6, 8, 3, 3), torch.ones(6), hidden, hidden[:0], order, order[:0], 1)
+    assert (out == 1).all()
+
+
 S = torch.rand(2, 12)
 Q, K = torch.rand(2, 3, 8), torch.rand(2, 3, 5, 8)
 IMG, W, KEEP = torch.rand(2, 3, 8, 8), torch.rand(6, 3, 4, 4), torch.tensor([[0, 1], [2, 3]])
 
+X, CW, T9 = torch.rand(4, 6), torch.rand(5, 6, 3, 3), torch.zeros(4, 9, dtype=torch.int32)
+ROWS, DY = torch.arange(4, dtype=torch.int32), torch.rand(4, 5)
+
 BAD = [
+    ("masked_conv2d", (X[0], CW, None, T9, T9, ROWS, ROWS, 1), "values has shape"),
+    ("masked_conv2d", (X.double(), CW.double(), None, T9, T9, ROWS, ROWS, 1), "values has dtype Double"),
+    ("masked_conv2d", (X.T.contiguous().T, CW, None, T9, T9, ROWS, ROWS, 1), "values is not contiguous"),
+    ("masked_conv2d", (X, CW.half(), None, T9, T9, ROWS, ROWS, 1), "weight has dtype"),
+    ("masked_conv2d", (X, CW, None, T9, T9, ROWS, ROWS, 4), "groups is 4"),
+    ("masked_conv2d", (X, CW[:, :3], None, T9, T9, ROWS, ROWS, 1), "weight has shape"),
+    ("masked_conv2d", (X, CW, torch.ones(4), T9, T9, ROWS, ROWS, 1), "bias has shape"),
+    ("masked_conv2d", (X, CW, None, T9[:, :8], T9, ROWS, ROWS, 1), "taps is not contiguous"),
+    ("masked_conv2d", (X, CW, None, T9.long(), T9, ROWS, ROWS, 1), "taps has dtype"),
+    ("masked_conv2d", (X, CW, None, T9 + 4, T9, ROWS, ROWS, 1), "taps holds"),
+    ("masked_conv2d", (X, CW, None, T9 - 2, T9, ROWS, ROWS, 1), "taps holds"),
+    ("masked_conv2d", (X, CW, None, T9, T9[1:], ROWS, ROWS, 1), "taps_back has shape"),
+    ("masked_conv2d", (X, CW, None, T9, T9, ROWS[1:], ROWS, 1), "order has shape"),
+    ("masked_conv2d", (X, CW, None, T9, T9, ROWS, ROWS.long(), 1), "order_back has dtype"),
+    ("masked_conv2d_weight", (X, DY.half(), T9, ROWS, 3, 3, 1), "grad has dtype"),
+    ("masked_conv2d_weight", (X, DY, T9, ROWS, 3, 2, 1), "taps has shape"),
+    ("masked_conv2d_weight", (X, DY, T9, ROWS, 0, 3, 1), "the kernel is"),
+    ("masked_conv2d_weight", (X, DY, T9 + 4, ROWS, 3, 3, 1), "taps holds"),
+    ("masked_conv2d_weight", (X, DY, T9, ROWS, 3, 3, 5), "groups is 5"),
     ("select_tokens", (S, 0, 3, 4, 3, 4), "k is 0; expected 1 to 12"),
     ("select_tokens", (S, 13, 3, 4, 3, 4), "k is 13"),
     ("select_tokens", (S, 2, 3, 5, 3, 5), r"saliency has shape \(2, 12\)"),

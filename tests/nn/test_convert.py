@@ -272,3 +272,22 @@ def test_compiled_networks_have_no_graph_breaks(name):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-8)
     for a, b in zip(compiled.buffers(), cnn.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_a_training_step_on_the_gpu_reads_nothing_back():
+    visible = draw_mask("mixed", 2, (2, 2), 3)
+    cnn, images = convert_cnn(make("resnet_bottleneck").float()).cuda(), torch.randn(2, 3, 64, 64, device="cuda")
+
+    def step(visible, count):
+        cnn(pack(images, visible, count=count)).sum().backward()
+
+    step(visible.cuda(), int(visible.sum()))  # kernels are built, constants copied
+    other = draw_mask("mixed", 2, (2, 2), 5)
+    on_gpu, count = other.cuda(), int(other.sum())
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step(on_gpu, count)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -40,6 +40,7 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", GEOMETRIES)
 @settings(max_examples=12, deadline=None)
 @given(visible=masks, cell=st.tuples(st.sampled_from((4, 8)), st.just(4)), seed=st.integers(0, 99))

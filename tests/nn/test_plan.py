@@ -88,6 +88,7 @@ def test_order_puts_rows_with_the_same_taps_together():
 def test_tables_are_built_once():
     plan, window = MaskPlan(draw_mask("mixed", 2, (2, 2), 0)), Window((3, 3), (1, 1), (1, 1), (1, 1))
     assert plan.taps((2, 2), window) is plan.taps((2, 2), Window((3, 3), (1, 1), (1, 1), (1, 1)))
+    assert plan.forward_taps((2, 2), window) is plan.taps((2, 2), window).forward
     assert plan.inside((2, 2), window) is plan.inside((2, 2), window)
     assert plan.taps((2, 2), window) is not plan.taps((4, 4), window)
 
@@ -97,8 +98,12 @@ def test_tables_of_an_inference_pass_serve_training():
     with torch.inference_mode():
         plan = MaskPlan(visible)
         taps = plan.taps((2, 2), Window((3, 3), (1, 1), (1, 1), (1, 1)))
-    assert not taps.forward.is_inference()
-    assert not taps.backward_order.is_inference()
+        teacher = pack(torch.randn(2, 3, 4, 4), plan)
+        teacher.to_dense()
+    assert not any(t.is_inference() for t in (plan.cells, plan.rank, taps.forward, taps.backward_order))
+    images = torch.randn(2, 3, 4, 4, requires_grad=True)
+    (pack(images, teacher.plan) * torch.rand(2, 3, 1, 1)).to_dense().sum().backward()
+    assert images.grad.abs().sum() > 0
 
 
 def test_count_given_equals_count_read():

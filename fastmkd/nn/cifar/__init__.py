@@ -2,7 +2,7 @@
 
 Each function returns a network for 32 x 32 images with ``forward_features(x) -> (B, C, h, w)`` and ``forward(x) ->
 logits``. They are plain PyTorch; `fastmkd.convert_cnn` teaches them packed maps, with a grid of image side / total
-stride: 8 x 8 for ResNets, Wide ResNets and ShuffleNets, 4 x 4 for the VGGs, 2 x 2 for MobileNetV2.
+stride: 8 x 8 for ResNets and Wide ResNets, 4 x 4 for VGGs and ShuffleNets, 2 x 2 for MobileNetV2.
 """
 
 from .mobilenet import MobileNetV2, mobilenetv2
