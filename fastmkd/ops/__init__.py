@@ -1,8 +1,18 @@
 """The ops: one file each, declared through `fastmkd.ops.registry`; importing this package registers them."""
 
 from .cls_saliency import cls_saliency
+from .masked_conv2d import masked_conv2d
+from .masked_conv2d_weight import masked_conv2d_weight
 from .patch_embed import patch_embed
 from .registry import OPS, get_op
 from .select_tokens import select_tokens
 
-__all__ = ["OPS", "cls_saliency", "get_op", "patch_embed", "select_tokens"]
+__all__ = [
+    "OPS",
+    "cls_saliency",
+    "get_op",
+    "masked_conv2d",
+    "masked_conv2d_weight",
+    "patch_embed",
+    "select_tokens",
+]
