@@ -82,6 +82,9 @@ def load_data(recipe: DataRecipe) -> DataSource:
                 f"data.{name} is {values}; expected {source.channels} numbers (std above 0), one a channel."
             )
         setattr(source, name, tuple(values))
+    if recipe.validation_fraction is not None:
+        chosen, held_out = stratified_split(source.train.labels, recipe.validation_fraction)
+        source.train, source.test = source.train.subset(chosen), source.train.subset(held_out)
     if recipe.limit is not None and recipe.limit < len(source.train):
         order = torch.randperm(len(source.train), generator=generator(SPLIT_SEED, "limit"))
         source.train = source.train.subset(order[: recipe.limit])

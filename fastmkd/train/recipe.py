@@ -141,6 +141,7 @@ def _check(recipe: Recipe) -> None:
         ("data.image_size", recipe.data.image_size, 1, 65536),
         ("data.limit", recipe.data.limit, 1, float("inf")),
         ("data.test_fraction", recipe.data.test_fraction, 0.001, 0.999),
+        ("data.validation_fraction", recipe.data.validation_fraction, 0.001, 0.999),
         ("optim.lr", recipe.optim.lr, 0, float("inf")),
         ("optim.lr_images", recipe.optim.lr_images, 1, float("inf")),
         ("optim.accumulate", recipe.optim.accumulate, 1, float("inf")),

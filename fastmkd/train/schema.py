@@ -37,6 +37,8 @@ class DataRecipe:
         eval_batch_size: test images in one forward pass.
         workers: processes that read and transform picture files.
         test_fraction: share of the pictures to test on, for sets that come without a test part.
+        validation_fraction: holds out this share of the training pictures and tests on them instead of the test
+            pictures, to choose settings without looking at those; null for the final runs.
         limit: train on this many pictures only, the first of a fixed shuffle; null takes all.
         mean: per channel, to normalise with; null takes the set's own.
         std: per channel, to normalise with; null takes the set's own.
@@ -50,6 +52,7 @@ class DataRecipe:
     eval_batch_size: int = 256
     workers: int = 2
     test_fraction: float = 0.2
+    validation_fraction: float | None = None
     limit: int | None = None
     mean: list[float] | None = None
     std: list[float] | None = None

@@ -180,6 +180,20 @@ def test_image_folder_layouts_and_errors(tmp_path):
         load_data(DataRecipe(name="imagefolder", root=str(root)))
 
 
+def test_validation_pictures_come_out_of_the_training_part():
+    whole = load_data(DataRecipe(name="digits"))
+    held_out = load_data(DataRecipe(name="digits", validation_fraction=0.25))
+    assert len(held_out.train) + len(held_out.test) == len(whole.train)
+    assert held_out.test.labels.bincount().min() > 30  # every class gives its share
+
+    def bytes_of(pictures):
+        return {image.numpy().tobytes() for image in pictures.images}
+
+    test = bytes_of(whole.test) - bytes_of(whole.train)  # a few digits are there twice
+    assert not test & bytes_of(held_out.test)
+    assert not test & bytes_of(held_out.train)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_pictures_are_skipped_and_named(tmp_path, workers):
     root = make_folder(tmp_path / "set")
