@@ -2,8 +2,8 @@
 
 A matrix product can add to its output. So the output projection of the attention and the last layer of the MLP add
 directly to the residual, which saves the passes over memory that a bias, a branch output and a sum cost; on CPUs, which
-do not fuse them, that is about a tenth of a ViT's time. The sums are the same, in another order. The MLP's GELU is applied
-while its first product is written, by oneDNN through the operator that PyTorch's own compiler calls for this pair.
+do not fuse them, that is about a tenth of a ViT's time. The sums are the same, in another order. The MLP's GELU is
+applied while its first product is written, by oneDNN through the operator that PyTorch's own compiler calls for both.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from timm.layers import Mlp
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .attention import attend, has_hooks, runs_on_rows
@@ -49,7 +50,6 @@ def run_block_in_place(block: Any, x: Tensor) -> Tensor:
         x: ``(B, L, D)`` contiguous; overwritten.
 
     Example:
-        >>> from timm.models.vision_transformer import Block
         >>> block, x = Block(dim=8, num_heads=2).eval(), torch.randn(1, 5, 8)
         >>> with torch.inference_mode():
         ...     torch.allclose(block(x), run_block_in_place(block, x), atol=1e-6)
@@ -82,7 +82,8 @@ def _add_linear(x: Tensor, branch: Tensor, linear: nn.Linear, scale: nn.Module) 
 
 def _is_plain(block: Any) -> bool:
     return (
-        runs_on_rows(block)
+        isinstance(block, Block)
+        and runs_on_rows(block)
         and type(block.mlp) is Mlp
         and type(block.attn.proj) is nn.Linear
         and type(block.mlp.fc2) is nn.Linear
