@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.fastmkd-ready
 NATIVE := $(shell find csrc CMakeLists.txt setup.py -type f 2>/dev/null)
 
-.PHONY: help install demo test test-all lint types unit doctest native-test bench docs clean
+.PHONY: help install demo test test-all lint types unit doctest bench clean
 .DEFAULT_GOAL := help
 
 help:

@@ -76,12 +76,13 @@ def _native() -> list[str]:
 
 def _ops() -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lines = [f"{'op':<16}{'auto takes':<12}{'usable':<24}on record as right (GPU)"]
+    width = 2 + max(map(len, OPS))
+    lines = [f"{'op':<{width}}{'auto takes':<12}{'usable':<24}on record as right (GPU)"]
     reasons: dict[str, list[str]] = {}
     for op in OPS.values():
         usable = [b.name for b in op.backends.values() if b.reason() is None]
         first = choice.candidates(op, device, torch.float32)[0].name
-        lines.append(f"{op.name:<16}{first:<12}{' '.join(usable):<24}{_on_record(op)}")
+        lines.append(f"{op.name:<{width}}{first:<12}{' '.join(usable):<24}{_on_record(op)}")
         for backend in op.backends.values():
             reason = backend.reason()
             if reason is not None:
