@@ -28,6 +28,7 @@ from .optim import build_optimizer, build_schedule
 from .rundir import RunDir
 from .schema import Recipe
 from .seeds import seed_all
+from .sharding import WholeCopy, name_units, settle_sharding, shard_like
 
 __all__ = ["Trainer", "make_accelerator", "train"]
 
@@ -72,11 +73,10 @@ def make_accelerator(recipe: Recipe) -> Any:
         recipe: its part `run` counts.
 
     Raises:
-        UserError: the device cannot do the precision, or Accelerate is set to split networks over processes.
+        UserError: the device cannot do the precision, or Accelerate is set to split networks in another way than FSDP2.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
 
     # A teacher trained in the same process may have used another precision, which Accelerate remembers globally.
     AcceleratorState._reset_state()
@@ -84,12 +84,7 @@ def make_accelerator(recipe: Recipe) -> Any:
         accelerator = Accelerator(mixed_precision=recipe.run.precision, cpu=recipe.run.device == "cpu")
     except ValueError as error:
         raise UserError(f"run.precision is {recipe.run.precision!r}, which does not work here: {error}") from None
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"Accelerate is set to {kind.value}, which splits networks over processes; tests of a student and its "
-            "moving average need them whole. Launch with torchrun or accelerate launch --multi_gpu (DDP)."
-        )
+    settle_sharding(accelerator)
     return accelerator
 
 
@@ -120,15 +115,23 @@ class Trainer:
         self.finish = Finisher(source.mean, source.std, source.num_classes, augment)
         self.finish_test = Finisher(source.mean, source.std, source.num_classes)
 
+        sharded = accelerator.is_fsdp2
+        setup.method.to(device)  # with the teacher, which FSDP does not see
+        self.whole: Any = WholeCopy(self.student, device) if sharded else contextlib.nullcontext
         self.ema: Any = None
         if recipe.ema is not None:
             from timm.utils import ModelEmaV3
 
-            self.student.to(device)
-            self.ema = ModelEmaV3(self.student, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
+            decay, warmup = recipe.ema.decay, recipe.ema.warmup
+            mixed = sharded and any(True for _ in self.student.buffers())  # split and whole tensors in one fused update
+            self.ema = ModelEmaV3(self.student, decay=decay, use_warmup=warmup, foreach=not mixed)
         optimizer = build_optimizer(recipe.optim, self.student, setup.method.heads, self.images_per_update)
         self.schedule = build_schedule(recipe.schedule, optimizer, self.updates_per_epoch)
+        if sharded:
+            name_units(setup.method)
         self.method, self.optimizer = accelerator.prepare(setup.method, optimizer)
+        if sharded and self.ema is not None:
+            shard_like(self.ema.module, self.student)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
 
     def _plan(self, epoch: int) -> Tensor:
@@ -226,7 +229,8 @@ class Trainer:
             images, targets = self.finish(*batch)
             last = micro + 1 == accumulate
             with contextlib.nullcontext() if last else accelerator.no_sync(self.method):
-                out = self.method(images, targets)
+                with accelerator.autocast():
+                    out = self.method(images, targets)
                 accelerator.backward(out.loss / accumulate)
             meter.add(out.loss, out.terms, len(images) * accelerator.num_processes)
         if recipe.optim.clip_grad is not None:
@@ -254,14 +258,15 @@ class Trainer:
         """Returns the test scores of the moving average if there is one, else of the student; see `evaluate`."""
         model = self.student if self.ema is None else self.ema.module
         count, size = len(self.setup.source.test), self.recipe.data.eval_batch_size
-        scores = evaluate(model, self.test_loader, self.finish_test, count, size, self.accelerator)
+        with self.whole(model) as whole:
+            scores = evaluate(whole, self.test_loader, self.finish_test, count, size, self.accelerator)
         if not scores["images"]:
             raise UserError(f"none of the {count} test pictures can be read.")
         return scores
 
     def save(self) -> None:
         """Writes a checkpoint; every process must call it."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
         method, optimizer = get_state_dict(self.method, self.optimizer.optimizer, options=options)
@@ -269,7 +274,7 @@ class Trainer:
         rest = {key: value for key, value in optimizer.items() if not isinstance(value, Tensor)}
         tensors: dict[str, Any] = {"method": method, "optimizer": moments}
         if self.ema is not None:
-            tensors["ema"] = self.ema.module.state_dict()
+            tensors["ema"] = get_model_state_dict(self.ema.module, options=options)
         scaler = self.accelerator.scaler
         state = {
             "images_per_update": self.images_per_update,
@@ -307,7 +312,7 @@ class Trainer:
         Raises:
             UserError: it was written with another number of images per update, or does not fit the networks.
         """
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_state_dict
 
         state = checkpoint.state
         if state["images_per_update"] != self.images_per_update:
@@ -320,16 +325,20 @@ class Trainer:
         # JSON has no tuples; optimizers compare and unpack betas as one.
         rest: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in state["optimizer"].items()}
         tensors: dict[str, Any] = checkpoint.tensors
+        missing = sorted(self.setup.method.state_dict().keys() - tensors["method"].keys())
+        if missing:  # PyTorch would leave these as they are
+            raise UserError(f"the checkpoint does not fit this recipe: it lacks {shorten(missing)}.")
+        options = StateDictOptions(full_state_dict=True)
         try:
             set_state_dict(
                 self.method,
                 self.optimizer.optimizer,
                 model_state_dict=tensors["method"],
                 optim_state_dict={**tensors["optimizer"], **rest},
-                options=StateDictOptions(full_state_dict=True),
+                options=options,
             )
             if self.ema is not None:
-                self.ema.module.load_state_dict(tensors["ema"])
+                set_model_state_dict(self.ema.module, tensors["ema"], options=options)
         except (RuntimeError, KeyError) as error:
             raise UserError(f"the checkpoint does not fit this recipe: {error}") from None
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -342,11 +351,10 @@ class Trainer:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        if self.ema is not None:
-            weights = self.ema.module.state_dict()
-        else:
-            state = get_model_state_dict(self.method, options=options)
-            weights = {key.removeprefix("student."): v for key, v in state.items() if key.startswith("student.")}
+        network = self.method if self.ema is None else self.ema.module
+        weights: Any = get_model_state_dict(network, options=options)
+        if self.ema is None:
+            weights = {key.removeprefix("student."): v for key, v in weights.items() if key.startswith("student.")}
         if self.accelerator.is_main_process:
             save_tensors(self.run.weights, weights, {"format": "pt", "model": self.recipe.student.name})
         self.accelerator.wait_for_everyone()
@@ -362,7 +370,7 @@ class Trainer:
         trained = sum(parameter.numel() for parameter in self.parameters)
         resumed = f", going on at update {self.step}" if self.step else ""
         return (
-            f"{recipe.name}: {type(self.setup.method).__name__} on {recipe.data.name}, {len(source.train)} training "
-            f"and {len(source.test)} test pictures, {trained / 1e6:.2f} M parameters, {self.total} updates of "
+            f"{recipe.name}: {recipe.method.class_path.rpartition('.')[2]} on {recipe.data.name}, {len(source.train)} "
+            f"training and {len(source.test)} test pictures, {trained / 1e6:.2f} M parameters, {self.total} updates of "
             f"{self.images_per_update} images on {accelerator.num_processes} x {accelerator.device.type}{resumed}"
         )
