@@ -1,27 +1,36 @@
 r"""MaskedKD: the teacher sees only the patches that the student's CLS token attends to (MaskedKD, Section 3).
 
 .. math:: L = L_{CE}(f_S(x), y) + \lambda \, L_{KD}(f_S(x), f_T(x_{mask}))
+
+What is distilled is a `BaseDistillation` (``bases/``), which patches are shown a `MaskStrategy` (``strategies.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.vit import MaskedViT
 from ..ops import select_tokens
-from .base import DistillMethod, DistillOutput, Panel, split_heads
-from .losses import cross_entropy, logit_kd
+from .base import DistillMethod, DistillOutput, Panel
+from .bases import BASES, BaseDistillation
+from .choices import choose
+from .losses import cross_entropy
+from .panels import kept_panel, saliency_panel
+from .skipped import SkippedBatches
+from .strategies import STRATEGIES, MaskStrategy, Scores
+from .teacher_input import Norm, TeacherInput
+from .views import Needs, View, classifier_of, observe
 
 __all__ = ["MaskedKD"]
 
-BASES = ("logit",)
-Norm = tuple[Sequence[float], Sequence[float]]
+NOTHING = Needs()
 
 
 class MaskedKD(DistillMethod):
@@ -29,31 +38,44 @@ class MaskedKD(DistillMethod):
 
     The student sees the whole image. The attention of its CLS token in the last layer ranks the patches, the teacher
     runs without gradients on the ``k = max(1, round(keep_ratio * N))`` best of its own N patches (Python's `round`:
-    halves go to the even number), and the loss is ``ce_weight * CE + weight * temperature^2 * KL(teacher || student)``.
+    halves go to the even number), and the loss is ``ce_weight * CE + weight * KD``; with ``base="logit"``, KD is
+    ``temperature^2 * KL(teacher || student)``.
 
     Student and teacher may cut the image differently: the saliency map is resized bilinearly to the teacher's grid, and
-    the image to the size of a teacher with a fixed one (Appendix B). ``keep_ratio=1`` is ordinary logit distillation.
+    the image to the size of a teacher with a fixed one (Appendix B). ``keep_ratio=1`` is ordinary distillation.
 
     A distilled DeiT student with ``set_distilled_training()`` learns the labels with its class head and the teacher
     with its distillation head, as in DeiT; its `student_output` is the mean of both, as at inference.
 
+    If the teacher's output is not finite, the whole batch is skipped: the loss is 0 with zero gradients for every
+    parameter, and `skipped` counts and numbers such batches.
+
     Args:
         student: timm VisionTransformer (or a `MaskedViT` of one) with a CLS token; trained in place.
         teacher: timm VisionTransformer (or a `MaskedViT`) with the same classes; frozen in place.
-        keep_ratio: share of the teacher's patches to keep, above 0 and at most 1.
-        base: the distillation loss; ``"logit"``.
+        keep_ratio: share of the patches to keep, above 0 and at most 1.
+        base: what is distilled: "logit", "manifold", "attention", "g2sd", or a `BaseDistillation` with its options.
         weight: lambda, weight of the distillation loss.
         temperature: tau of the softmax of both.
+        strategy: which patches are kept (Table 3): "saliency", "random", "bottom", "patch", "first", "middle", or a
+            `MaskStrategy` with its options, such as `ExternalSaliency`.
+        mask: who sees only the kept patches. "student" is the paper's counter-example (Fig. 3): the student first looks
+            at the whole image without gradients, if the strategy needs that, then learns from its kept patches.
+        linear_probe: train the student's classifier only; the rest is frozen and in eval mode (Appendix C).
         include_prefix: the authors' variant of the saliency: softmax over all tokens, mean over heads.
         ce_weight: weight of the cross-entropy; with 0 no targets are needed.
-        teacher_device: keeps the teacher on this device; images go there and logits come back.
+        teacher_device: keeps the teacher on this device; images go there and its answers come back.
         teacher_dtype: runs the teacher under autocast to this dtype (float32 switches autocast off); None leaves it to
             the caller's autocast.
         student_norm: ``(mean, std)`` per channel that the images were normalised with; only needed with `teacher_norm`.
         teacher_norm: ``(mean, std)`` that the teacher expects, if it is not the student's.
 
+    Attributes:
+        skipped: batches that were left out because of the teacher, see `SkippedBatches`.
+
     Raises:
-        ValueError: an argument out of range, different class counts, a student without a CLS token, an unknown `base`.
+        ValueError: an argument out of range, different class counts, networks that the base or the strategy cannot use,
+            an unknown name.
         TypeError: a student or teacher that is not a maskable ViT.
 
     Example:
@@ -64,22 +86,25 @@ class MaskedKD(DistillMethod):
         >>> out.loss.backward()
         >>> sorted(out.terms)
         ['ce', 'kd']
+        >>> sorted(MaskedKD(make(), make(), base="attention")(torch.randn(2, 3, 32, 32), torch.tensor([1, 2])).terms)
+        ['attention', 'ce', 'kd']
     """
 
     _student_vit: MaskedViT
     _teacher_vit: MaskedViT
-    _pixel_scale: Tensor | None
-    _pixel_shift: Tensor | None
 
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module,
         keep_ratio: float = 0.5,
-        base: str = "logit",
+        base: str | BaseDistillation = "logit",
         weight: float = 1.0,
         temperature: float = 1.0,
         *,
+        strategy: str | MaskStrategy = "saliency",
+        mask: Literal["teacher", "student"] = "teacher",
+        linear_probe: bool = False,
         include_prefix: bool = False,
         ce_weight: float = 1.0,
         teacher_device: torch.device | str | None = None,
@@ -89,8 +114,6 @@ class MaskedKD(DistillMethod):
     ) -> None:
         if not 0 < keep_ratio <= 1:  # NaN fails too
             raise ValueError(f"keep_ratio is {keep_ratio}; expected a share of the patches above 0 and at most 1.")
-        if base not in BASES:
-            raise ValueError(f"base is {base!r}; available are {', '.join(map(repr, BASES))}.")
         for name, value in (("weight", weight), ("ce_weight", ce_weight)):
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; expected a finite number of at least 0.")
@@ -100,31 +123,47 @@ class MaskedKD(DistillMethod):
             raise ValueError(f"temperature is {temperature}; expected a finite positive number.")
         if teacher_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"teacher_dtype is {teacher_dtype}; expected torch.bfloat16, float16, float32 or None.")
+        if mask not in ("teacher", "student"):
+            raise ValueError(f"mask is {mask!r}; expected 'teacher' or 'student'.")
+        # MaskedKD is usually made from a recipe, where the two are names or {class_path, init_args}.
+        chosen_base = choose("base", base, BaseDistillation, BASES)  # type: ignore[type-abstract]
+        chosen_strategy = choose("strategy", strategy, MaskStrategy, STRATEGIES)  # type: ignore[type-abstract]
         wrapped_student, wrapped_teacher = _wrap("student", student), _wrap("teacher", teacher)
-        if keep_ratio < 1 and wrapped_student.num_prefix_tokens < 1:
-            raise ValueError(
-                "student has no CLS token, whose attention chooses the patches; create it with class_token=True, "
-                "or use keep_ratio=1."
-            )
         if wrapped_student.num_classes != wrapped_teacher.num_classes or wrapped_student.num_classes == 0:
             raise ValueError(
                 f"student has {wrapped_student.num_classes} classes and teacher {wrapped_teacher.num_classes}; logit "
                 "distillation needs the same positive number. Create them with the same num_classes."
             )
-        scale, shift = _renormalisation(student_norm, teacher_norm, wrapped_teacher.model.patch_embed.proj.in_channels)
+        chosen_base.needs(wrapped_student, wrapped_teacher)  # raises unless the networks fit
+        if keep_ratio < 1:
+            chosen_strategy.needs(wrapped_student)
+        if linear_probe and not chosen_base.reads_logits_only:
+            raise ValueError(
+                f"linear_probe freezes everything that base {type(chosen_base).__name__} compares; use base='logit'."
+            )
+        teacher_input = TeacherInput(wrapped_teacher, student_norm, teacher_norm)
+        # Needed by unreachable_parameters, which the base class calls.
+        self.__dict__["linear_probe"] = linear_probe
         super().__init__(student, teacher, teacher_device=teacher_device)
         # Views of student and teacher, kept out of the module tree so that no parameter appears twice.
         self.__dict__["_student_vit"] = wrapped_student
         self.__dict__["_teacher_vit"] = wrapped_teacher
+        self._teacher_input = teacher_input
         self.keep_ratio = float(keep_ratio)
-        self.base = base
+        self.base = chosen_base
+        self.strategy = chosen_strategy
+        self.mask = mask
         self.weight = float(weight)
         self.temperature = float(temperature)
         self.include_prefix = include_prefix
         self.ce_weight = float(ce_weight)
         self.teacher_dtype = teacher_dtype
-        self.register_buffer("_pixel_scale", scale, persistent=False)
-        self.register_buffer("_pixel_shift", shift, persistent=False)
+        self.skipped = SkippedBatches()
+        model = wrapped_student.model
+        self._had_two_heads = getattr(model, "distilled_training", None)
+        if chosen_base.two_heads:
+            model.set_distilled_training(True)
+        self.train(self.training)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> DistillOutput:
         """Runs student and masked teacher and returns the loss.
@@ -134,7 +173,7 @@ class MaskedKD(DistillMethod):
             targets: ``(B,)`` int64 class indices or ``(B, K)`` soft labels; may be None if `ce_weight` is 0.
 
         Returns:
-            `DistillOutput` with the terms ``ce`` (if there are targets) and ``kd``.
+            `DistillOutput` with the terms ``ce`` (if there are targets) and those of the base, ``kd`` at least.
 
         Raises:
             ValueError: images or targets of a wrong size, or a saliency that is not finite (the student has diverged or
@@ -143,20 +182,31 @@ class MaskedKD(DistillMethod):
         """
         if targets is None and self.ce_weight > 0:
             raise ValueError("targets is None but ce_weight is above 0; pass classes or soft labels, or ce_weight=0.")
-        if self.keep_ratio < 1:
-            output, saliency = self._student_vit(images, return_saliency=True, include_prefix=self.include_prefix)
+        needs, teacher_needs = self.base.needs(self._student_vit, self._teacher_vit)
+        if self.mask == "teacher":
+            if self.keep_ratio < 1:
+                needs |= self.strategy.needs(self._student_vit)
+            student = observe(self._student_vit, images, None, needs, self.include_prefix)
+            keep = self._select(images, student) if self.keep_ratio < 1 else None
+            teacher = self.ask_teacher(images, keep, teacher_needs)
         else:
-            output, saliency = self._student_vit(images), None
-        heads = split_heads(output)
-        mean = torch.stack(heads).mean(0) if len(heads) > 1 else heads[0]
-        # Without labels the class head would have no loss at all, so both heads learn from the teacher.
-        distilled = heads[-1] if self.ce_weight > 0 else mean
-        kd = logit_kd(distilled, self.teacher_logits(images, saliency), self.temperature)
-        loss, terms = self.weight * kd, {"kd": kd.detach()}
+            keep = self._select(images, self._look(images)) if self.keep_ratio < 1 else None
+            student = observe(self._student_vit, images, keep, needs)
+            teacher = self.ask_teacher(images, None, teacher_needs)
+        good = teacher.is_finite()
+        self.skipped.note(good)
+        teacher = teacher.map(lambda x: torch.where(good, x, torch.zeros_like(x)))
+        mean = student.logits
+        if self.ce_weight > 0:
+            # Without labels the class head would have no loss at all, so then both heads learn from the teacher.
+            student = dataclasses.replace(student, logits=student.heads[-1])
+        kd = self.base.loss(student, teacher, self.temperature)
+        loss, terms = self.weight * kd.total, kd.terms
         if targets is not None:
-            ce = cross_entropy(heads[0], targets)
-            loss, terms = self.ce_weight * ce + loss, {"ce": ce.detach(), **terms}
-        return DistillOutput(loss, terms, mean)
+            ce = cross_entropy(student.heads[0], targets)
+            loss, terms = self.ce_weight * ce + loss, {"ce": ce, **terms}
+        # A product, so that a skipped batch gives every parameter a gradient of zero.
+        return DistillOutput(loss * good, {name: term.detach() * good for name, term in terms.items()}, mean)
 
     @torch.no_grad()
     def teacher_logits(self, images: Tensor, saliency: Tensor | None) -> Tensor:
@@ -169,24 +219,55 @@ class MaskedKD(DistillMethod):
         Returns:
             ``(B, K)`` on the device of `images`.
         """
-        teacher = self._teacher_vit
+        keep = None
+        if saliency is not None:
+            grid = self._student_vit.patch_grid((images.shape[-2], images.shape[-1]))
+            keep = self._best(Scores(saliency, grid), self._teacher_input.grid((images.shape[-2], images.shape[-1])))
+        return self.ask_teacher(images, keep).logits
+
+    @torch.no_grad()
+    def ask_teacher(self, images: Tensor, keep: Tensor | None, needs: Needs = NOTHING) -> View:
+        """Returns what the teacher makes of some patches, without gradients.
+
+        Args:
+            images: ``(B, C, H, W)`` as in `forward`.
+            keep: ``(B, k)`` indices in the teacher's grid; None shows it everything.
+            needs: what to record besides the logits.
+
+        Returns:
+            Its view, on the device of `images`.
+        """
+        teacher: Any = self._teacher_vit
         if teacher.model.training:  # somebody called teacher.train() since
             teacher.model.eval()
-        keep = None if saliency is None else self._select(images, saliency)
-        images = self._for_teacher(images)
         weight = teacher.model.patch_embed.proj.weight
-        images_there = images.to(device=weight.device, dtype=weight.dtype, non_blocking=True)
-        keep_there = None if keep is None else keep.to(weight.device, non_blocking=True)
+        home, device = images.device, weight.device
+        images = self._teacher_input(images).to(device=device, dtype=weight.dtype, non_blocking=True)
+        keep = None if keep is None else keep.to(device, non_blocking=True)
         autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self.teacher_dtype is not None:
             lowered = self.teacher_dtype != torch.float32
-            autocast = torch.autocast(weight.device.type, self.teacher_dtype if lowered else None, enabled=lowered)
+            autocast = torch.autocast(device.type, self.teacher_dtype if lowered else None, enabled=lowered)
         with autocast:
-            return teacher(images_there, keep=keep_there).to(images.device)
+            return observe(teacher, images, keep, needs).map(lambda x: x.to(home))
+
+    @property
+    def looks_at_student(self) -> bool:
+        """Whether the strategy ranks patches by what the student sees."""
+        return self.strategy.needs(self._student_vit) != NOTHING
+
+    @torch.no_grad()
+    def patch_scores(self, images: Tensor) -> Scores:
+        """Returns what the strategy thinks of each patch.
+
+        Args:
+            images: ``(B, C, H, W)`` as in `forward`.
+        """
+        return self._score(images, self._look(images))
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> list[Panel]:
-        """Shows the input, the student's saliency (stretched to 0..1 per image) and the patches the teacher sees.
+        """Shows the input, the patches' scores (stretched to 0..1 per image) and the patches that are seen.
 
         Args:
             images: ``(B, C, H, W)`` as in `forward`.
@@ -194,42 +275,75 @@ class MaskedKD(DistillMethod):
         Returns:
             Panels ``input``, ``saliency`` and ``kept patches``, all of the images' height and width.
         """
-        _, saliency = self._student_vit(images, return_saliency=True, include_prefix=self.include_prefix)
         size = (images.shape[-2], images.shape[-1])
-        low, high = saliency.amin(1, keepdim=True), saliency.amax(1, keepdim=True)
-        heat = (saliency - low) / (high - low).clamp_min(torch.finfo(saliency.dtype).tiny)
-        kept = torch.zeros(len(images), math.prod(self._teacher_grid(size)), device=images.device)
-        kept.scatter_(1, self._select(images, saliency), 1.0)
+        scores = self.patch_scores(images)
+        grid = self.masked_grid(size)
         return [
             *super().pictures(images),
-            Panel("saliency", _enlarge(heat, self._student_vit.patch_grid(size), size), "heat"),
-            Panel("kept patches", _enlarge(kept, self._teacher_grid(size), size), "mask"),
+            saliency_panel(scores.values, scores.grid, size),
+            kept_panel(self._best(scores, grid), grid, size),
         ]
 
-    def _select(self, images: Tensor, saliency: Tensor) -> Tensor:
-        """``(B, k)`` indices of the teacher's patches to keep."""
-        size = (images.shape[-2], images.shape[-1])
-        grid = self._teacher_grid(size)
+    def unreachable_parameters(self, student: nn.Module) -> Iterable[str]:
+        """Names everything but the classifier if only that is trained.
+
+        Args:
+            student: the student, as passed.
+        """
+        if not self.__dict__["linear_probe"]:
+            return ()
+        trained = {id(p) for layer in classifier_of(student) for p in layer.parameters()}
+        return [name for name, p in student.named_parameters() if id(p) not in trained]
+
+    def release(self) -> nn.Module:
+        """Gives student and teacher back as they came; see `DistillMethod.release`.
+
+        Returns:
+            The student.
+        """
+        if self.base.two_heads:
+            self._student_vit.model.set_distilled_training(self._had_two_heads)
+        return super().release()
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the student's mode, of the classifier alone if only that is trained; the teacher stays in eval mode.
+
+        Args:
+            mode: True for training.
+        """
+        super().train(mode)
+        if self.__dict__["linear_probe"]:
+            self.student.eval()
+            for layer in classifier_of(self._student_vit):
+                layer.train(mode)
+        return self
+
+    @torch.no_grad()
+    def _look(self, images: Tensor) -> View | None:
+        """The student's view of the whole image, for a strategy that needs it."""
+        if not self.looks_at_student:
+            return None
+        return observe(self._student_vit, images, None, self.strategy.needs(self._student_vit), self.include_prefix)
+
+    def _select(self, images: Tensor, student: View | None) -> Tensor:
+        """``(B, k)`` indices of the patches that the masked network keeps."""
+        return self._best(self._score(images, student), self.masked_grid((images.shape[-2], images.shape[-1])))
+
+    @torch.no_grad()
+    def _score(self, images: Tensor, student: View | None) -> Scores:
+        return self.strategy.scores(images, student, self.masked_grid((images.shape[-2], images.shape[-1])))
+
+    def _best(self, scores: Scores, grid: tuple[int, int]) -> Tensor:
         k = max(1, round(self.keep_ratio * math.prod(grid)))
-        return select_tokens(saliency, k, self._student_vit.patch_grid(size), grid)
+        return select_tokens(scores.values, k, scores.grid, grid)
 
-    def _teacher_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Pixels ``(H, W)`` that the teacher gets for images of `size`."""
-        embed = self._teacher_vit.model.patch_embed
-        fixed = getattr(embed, "strict_img_size", True) and embed.img_size is not None
-        return tuple(embed.img_size) if fixed else size
+    def masked_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Returns the patch grid of the network that is masked.
 
-    def _teacher_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        return self._teacher_vit.patch_grid(self._teacher_size(size))
-
-    def _for_teacher(self, images: Tensor) -> Tensor:
-        """Images in the size and normalisation that the teacher expects."""
-        size = (images.shape[-2], images.shape[-1])
-        if self._teacher_size(size) != size:
-            images = F.interpolate(images, self._teacher_size(size), mode="bilinear", align_corners=False)
-        if self._pixel_scale is None or self._pixel_shift is None:
-            return images
-        return images * self._pixel_scale + self._pixel_shift
+        Args:
+            size: ``(H, W)`` pixels of the images.
+        """
+        return self._teacher_input.grid(size) if self.mask == "teacher" else self._student_vit.patch_grid(size)
 
 
 def _wrap(name: str, model: nn.Module) -> MaskedViT:
@@ -239,28 +353,3 @@ def _wrap(name: str, model: nn.Module) -> MaskedViT:
         return MaskedViT(model)
     except TypeError as error:
         raise TypeError(f"{name} is not a ViT that MaskedKD can use: {error}") from None
-
-
-def _renormalisation(student: Norm | None, teacher: Norm | None, channels: int) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and shift ``(1, C, 1, 1)`` that turn the student's normalisation into the teacher's; None for no change."""
-    if (student is None) != (teacher is None):
-        raise ValueError("student_norm and teacher_norm belong together: pass both (mean, std) pairs or neither.")
-    if student is None or teacher is None:
-        return None, None
-    for name, norm in (("student_norm", student), ("teacher_norm", teacher)):
-        if len(norm) != 2 or any(len(values) != channels for values in norm):
-            raise ValueError(
-                f"{name} is {norm}; expected (mean, std) with {channels} numbers each, one for each channel."
-            )
-    (mean_s, std_s), (mean_t, std_t) = (
-        [torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in norm] for norm in (student, teacher)
-    )
-    if min(std_s.min(), std_t.min()) <= 0:
-        raise ValueError("student_norm and teacher_norm need positive standard deviations.")
-    # x = pixel * std_s + mean_s in the original scale; the teacher wants (that - mean_t) / std_t.
-    return (std_s / std_t).float(), ((mean_s - mean_t) / std_t).float()
-
-
-def _enlarge(values: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """``(B, gh * gw)`` values of cells -> ``(B, H, W)``, each cell filled with its value."""
-    return F.interpolate(values.view(-1, 1, *grid), size, mode="nearest")[:, 0]

@@ -7,20 +7,37 @@ This is exact, forward and backward.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
-from timm.layers import GluMlp, Mlp, SwiGLU
-from timm.models.vision_transformer import Attention, Block
+from timm.layers import AttentionRope, GluMlp, Mlp, SwiGLU
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
 from ..ops import cls_saliency
+from .rotary import rotate
 
-__all__ = ["SaliencyOptions", "attend", "has_hooks", "run_block_on_rows", "run_whole_block", "runs_on_rows"]
+__all__ = [
+    "SaliencyOptions",
+    "attend",
+    "has_hooks",
+    "run_block",
+    "run_block_on_rows",
+    "run_whole_block",
+    "runs_on_rows",
+]
 
+_PRE_NORM = (Block.forward, EvaBlock.forward)
+_POST_NORM = (ResPostBlock.forward, EvaBlockPostNorm.forward)
+_ATTENTIONS = (Attention.forward, AttentionRope.forward, EvaAttention.forward)
 # A part that is not named here may mix tokens or change the sum; such a block is run whole.
 _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
-_ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
+_PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj")
+_ATTENTION_PARTS = {*_PROJECTIONS, "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 _TOKENWISE_MLPS = (GluMlp, Mlp, SwiGLU)
 
 
@@ -39,8 +56,9 @@ class SaliencyOptions(NamedTuple):
 def runs_on_rows(block: Any) -> bool:
     """Tells whether `run_block_on_rows` computes the same as ``block(x)[:, :rows]``.
 
-    True for timm's plain pre-norm `Block` with timm's `Attention` and an MLP that treats each token alone, when no hook
-    watches the block, its attention or its qkv projection (hooks, FSDP's included, expect the whole call).
+    True for timm's ordinary blocks (norm before or after, ViT or EVA) with timm's attention, plain or rotary, and an
+    MLP that treats each token alone, when no hook watches the block, its attention or the projections to queries, keys
+    and values (hooks, FSDP's included, expect the whole call).
 
     Args:
         block: a block of a timm ViT.
@@ -49,20 +67,33 @@ def runs_on_rows(block: Any) -> bool:
         >>> runs_on_rows(Block(dim=8, num_heads=2))
         True
     """
-    if type(block).forward is not Block.forward or not block._modules.keys() <= _BLOCK_PARTS:
+    if type(block).forward not in _PRE_NORM + _POST_NORM or not block._modules.keys() <= _BLOCK_PARTS:
         return False
     attn = block.attn
+    projections = [part for name in _PROJECTIONS if (part := getattr(attn, name, None)) is not None]
     return (
-        type(attn).forward is Attention.forward
+        type(attn).forward in _ATTENTIONS
         and attn._modules.keys() <= _ATTENTION_PARTS
-        and type(attn.qkv) is nn.Linear
+        and all(type(part) is nn.Linear for part in projections)
         and type(block.mlp) in _TOKENWISE_MLPS
-        and not any(has_hooks(part) for part in (block, attn, attn.qkv))
+        and not any(has_hooks(part) for part in (block, attn, *projections))
     )
 
 
+def run_block(block: Any, x: Tensor, rope: Tensor | None = None) -> Tensor:
+    """Calls a block as it is.
+
+    Args:
+        block: any block of a maskable timm ViT.
+        x: ``(B, L, D)`` input of the block.
+        rope: rotary positions of this block; None for a model without.
+    """
+    out: Tensor = block(x) if rope is None else block(x, rope)
+    return out
+
+
 def run_block_on_rows(
-    block: Any, x: Tensor, rows: int, saliency: SaliencyOptions | None
+    block: Any, x: Tensor, rows: int, saliency: SaliencyOptions | None, rope: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Runs a block for the first `rows` tokens: their queries, projection and MLP, keys and values of all tokens.
 
@@ -71,39 +102,44 @@ def run_block_on_rows(
         x: ``(B, L, D)`` input of the block.
         rows: how many leading tokens to compute, 1 to L.
         saliency: also return the CLS saliency of this block's attention; None for no saliency.
+        rope: rotary positions of this block; None for a model without.
 
     Returns:
         ``block(x)[:, :rows]``, that is ``(B, rows, D)``, and the saliency ``(B, N)`` or None.
 
     Example:
-        >>> import torch
         >>> block, x = Block(dim=8, num_heads=2).eval(), torch.randn(1, 5, 8)
         >>> torch.allclose(run_block_on_rows(block, x, 1, None)[0], block(x)[:, :1], atol=1e-6)
         True
     """
-    attn = block.attn
-    normed = block.norm1(x)
-    out, q, k = attend(attn, normed, rows)
-    scores = None if saliency is None else _saliency(attn, q, k, saliency)
+    attn, norm_after = block.attn, type(block).forward in _POST_NORM
+    out, q, k = attend(attn, x if norm_after else block.norm1(x), rows, rope)
+    scores = None if saliency is None else _saliency(attn, q[:, :, 0], k, saliency)
     out = attn.proj_drop(attn.proj(out))
-    x = x[:, :rows] + block.drop_path1(block.ls1(out))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), scores
+    x = x[:, :rows] + block.drop_path1(block.norm1(out) if norm_after else _scale_branch(block, 1, out))
+    out = block.norm2(block.mlp(x)) if norm_after else _scale_branch(block, 2, block.mlp(block.norm2(x)))
+    return x + block.drop_path2(out), scores
 
 
-def attend(attn: Any, x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def attend(attn: Any, x: Tensor, rows: int, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Runs timm's attention for the first `rows` tokens, up to its output projection.
 
     Args:
         attn: attention of a block for which `runs_on_rows` holds.
         x: ``(B, L, D)`` input of the attention.
         rows: how many leading tokens to compute, 1 to L.
+        rope: rotary positions of this block; None for a model without.
 
     Returns:
         The mixed values ``(B, rows, H * d)``, and the queries ``(B, H, rows, d)`` and keys ``(B, H, L, d)`` used.
     """
     q, k, v = _project_rows(attn, x, rows)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        q, k = rotate(attn, q, rope).type_as(v), rotate(attn, k, rope).type_as(v)
+    k, v = _one_per_query_head(attn, k), _one_per_query_head(attn, v)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=_scale(attn))
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=_scale(attn, q))
     out = out.transpose(1, 2).flatten(2)  # (B, H, rows, d) -> (B, rows, H * d)
     if getattr(attn, "norm", None) is not None:
         out = attn.norm(out)
@@ -112,63 +148,97 @@ def attend(attn: Any, x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return out, q, k
 
 
-def run_whole_block(block: Any, x: Tensor, saliency: SaliencyOptions | None) -> tuple[Tensor, Tensor | None]:
-    """Calls a block as it is; the saliency is read from the output of its qkv projection through a passing hook.
+def run_whole_block(
+    block: Any, x: Tensor, saliency: SaliencyOptions, rope: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Calls a block as it is and reads its saliency from queries and keys on their way, through passing hooks.
 
     Args:
-        block: any block of a timm ViT.
+        block: any block of a maskable timm ViT.
         x: ``(B, L, D)`` input of the block.
-        saliency: also return the CLS saliency of this block's attention; None for no saliency.
+        saliency: how to compute it.
+        rope: rotary positions of this block; None for a model without.
 
     Returns:
-        ``block(x)`` and the saliency ``(B, N)`` or None.
+        ``block(x)`` and the saliency ``(B, N)``.
 
     Raises:
-        ValueError: a saliency is wanted but the block has no ordinary softmax attention to read it from.
+        ValueError: the block has no ordinary softmax attention to read a saliency from.
     """
-    if saliency is None:
-        return block(x), None
     attn = getattr(block, "attn", None)
-    if not isinstance(attn, Attention) or type(attn).forward is not Attention.forward:
+    if getattr(type(attn), "forward", None) not in _ATTENTIONS or not hasattr(attn, "q_norm"):
         raise ValueError(
             f"the last block is a {type(block).__name__} with attention {type(attn).__name__}; return_saliency needs "
-            "timm's Attention there, whose CLS query and keys are the saliency. Use another student, or no saliency."
+            "timm's Attention, AttentionRope or EvaAttention there, whose CLS query and keys are the saliency. Use "
+            "another student, or no saliency."
         )
+    with _outputs_of(attn.q_norm, attn.k_norm) as found:
+        out = run_block(block, x, rope)
+    q, k = found  # (B, H, L, d) each
+    if rope is not None:
+        k = rotate(attn, k, rope)  # the CLS query is not turned
+    return out, _saliency(attn, q[:, :, 0], _one_per_query_head(attn, k), saliency)
+
+
+@contextmanager
+def _outputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what the modules return while the context is open, in the order of their calls."""
     found: list[Tensor] = []
-
-    def read(_module: nn.Module, _args: tuple[Tensor, ...], qkv: Tensor) -> None:
-        q, k, _ = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, L, d)
-        found.append(_saliency(attn, attn.q_norm(q[:, :, :1]), attn.k_norm(k), saliency))
-
-    handle = attn.qkv.register_forward_hook(read)
+    handles = [module.register_forward_hook(lambda _m, _args, out: found.append(out)) for module in modules]
     try:
-        out = block(x)
+        yield found
     finally:
-        handle.remove()
-    return out, found[0]
+        for handle in handles:
+            handle.remove()
 
 
 def _project_rows(attn: Any, x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """``x (B, L, D)`` -> queries ``(B, H, rows, d)`` of the first rows, keys and values ``(B, H, L, d)`` of all."""
     heads = attn.num_heads
+    if attn.qkv is None:
+        kv_heads = getattr(attn, "num_kv_heads", heads)
+        q = _split_heads(attn.q_proj(x[:, :rows]), heads)
+        return q, _split_heads(attn.k_proj(x), kv_heads), _split_heads(attn.v_proj(x), kv_heads)
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    if getattr(attn, "q_bias", None) is not None:  # EVA: keys have no bias
+        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
     if rows == x.shape[1]:
-        q, k, v = attn.qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    else:
-        width = attn.qkv.out_features // 3
-        w_q, w_kv = attn.qkv.weight.split((width, 2 * width))
-        b_q, b_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split((width, 2 * width))
-        q = F.linear(x[:, :rows], w_q, b_q).unflatten(-1, (heads, -1)).transpose(1, 2)
-        k, v = F.linear(x, w_kv, b_kv).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return attn.q_norm(q), attn.k_norm(k), v
+        q, k, v = F.linear(x, weight, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+    width = weight.shape[0] // 3
+    w_q, w_kv = weight.split((width, 2 * width))
+    b_q, b_kv = (None, None) if bias is None else bias.split((width, 2 * width))
+    q = _split_heads(F.linear(x[:, :rows], w_q, b_q), heads)
+    k, v = F.linear(x, w_kv, b_kv).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, L, H * d) -> (B, H, L, d)
+
+
+def _one_per_query_head(attn: Any, x: Tensor) -> Tensor:
+    """Grouped queries share a head of keys and values: ``(B, H_kv, L, d)`` -> ``(B, H, L, d)``."""
+    groups = getattr(attn, "num_kv_groups", 1)
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def _scale_branch(block: Any, branch: int, x: Tensor) -> Tensor:
+    """LayerScale of a block's attention (1) or MLP (2): a module in `Block`, a parameter or None in `EvaBlock`."""
+    module = getattr(block, f"ls{branch}", None)
+    if module is not None:
+        return module(x)
+    gamma = getattr(block, f"gamma_{branch}", None)
+    return x if gamma is None else gamma * x
 
 
 def _saliency(attn: Any, q: Tensor, k: Tensor, options: SaliencyOptions) -> Tensor:
-    return cls_saliency(q[:, :, 0], k, options.num_prefix_tokens, _scale(attn), options.include_prefix)
+    return cls_saliency(q, k, options.num_prefix_tokens, _scale(attn, q), options.include_prefix)
 
 
-def _scale(attn: Any) -> float:
+def _scale(attn: Any, q: Tensor) -> float:
     # timm's fused path leaves the scale to PyTorch and ignores attn.scale.
-    return attn.head_dim**-0.5 if getattr(attn, "fused_attn", True) else float(attn.scale)
+    return q.shape[-1] ** -0.5 if getattr(attn, "fused_attn", True) else float(attn.scale)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -1,53 +1,30 @@
 """From pixels to the first block's input in a timm ViT, for the kept patches only.
 
-Positions are added to the patches they belong to, and prefix tokens (CLS, distillation, registers) always stay.
+Positions are added to the patches they belong to, or go with them into the blocks if they are rotary. Prefix tokens
+(CLS, distillation, registers) always stay; in CaiT there are none yet, for the CLS token comes after these blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from ..ops import patch_embed
+from .rotary import rotary_table, rotations
 
-__all__ = ["check_images", "embed_all", "embed_kept", "patch_grid", "why_not_maskable"]
+__all__ = ["Tokens", "check_images", "embed_all", "embed_kept", "patch_grid"]
 
-_KNOWN_POSITIONS = (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embed)
-
-
-def why_not_maskable(model: Any) -> str | None:
-    """Says why patches of this model cannot be left out, or None when they can.
-
-    Args:
-        model: any module.
-
-    Example:
-        >>> why_not_maskable(nn.Linear(2, 2))
-        'Linear is not a timm VisionTransformer (ViT, DeiT, DeiT III, CLIP, ...)'
-    """
-    kind = type(model).__name__
-    if not isinstance(model, VisionTransformer):
-        if any("rel_pos" in name or "relative_position" in name for name, _ in model.named_modules()) or any(
-            "rel_pos" in name or "relative_position" in name for name, _ in model.named_parameters()
-        ):
-            return f"{kind} adds a relative position bias between all patches, so none can be left out"
-        return f"{kind} is not a timm VisionTransformer (ViT, DeiT, DeiT III, CLIP, ...)"
-    if type(model)._pos_embed not in _KNOWN_POSITIONS:
-        return f"{kind} has its own way of adding positions (_pos_embed), which MaskedViT does not know"
-    proj = getattr(model.patch_embed, "proj", None)
-    if type(model.patch_embed).forward is not PatchEmbed.forward or type(proj) is not nn.Conv2d:
-        return f"its patch_embed ({type(model.patch_embed).__name__}) is not one convolution over separate patches"
-    if proj.padding not in ((0, 0), "valid") or proj.dilation != (1, 1) or proj.groups != 1:
-        return "its patch convolution has padding, dilation or groups, so patches are not independent"
-    if len(model.blocks) == 0:
-        return "it has no blocks"
-    return None
+# Tokens (B, P + k, D), and for each block in turn what it takes as `rope`: rotary positions, or None.
+Tokens = tuple[Tensor, Iterator[Tensor | None]]
 
 
 def check_images(model: Any, images: Tensor) -> None:
@@ -94,17 +71,26 @@ def patch_grid(model: Any, size: tuple[int, int]) -> tuple[int, int]:
     )
 
 
-def embed_all(model: Any, images: Tensor) -> Tensor:
+def embed_all(model: Any, images: Tensor) -> Tokens:
     """Embeds every patch as the model itself does: ``(B, C, H, W)`` -> ``(B, P + N, D)``, the first block's input.
 
     Args:
         model: a maskable timm ViT.
         images: ``(B, C, H, W)``.
+
+    Returns:
+        The tokens, and the blocks' rotary positions.
     """
-    return model.norm_pre(_patch_drop(model)(model._pos_embed(model.patch_embed(images))))
+    x = model.patch_embed(images)
+    if isinstance(model, Cait):
+        return model.pos_drop(x + model.pos_embed), repeat(None)
+    if isinstance(model, Eva):
+        x, rope = model._pos_embed(x)
+        return model.norm_pre(x), iter(rope) if getattr(model, "rope_mixed", False) else repeat(rope)
+    return model.norm_pre(_patch_drop(model)(model._pos_embed(x))), repeat(None)
 
 
-def embed_kept(model: Any, images: Tensor, keep: Tensor) -> Tensor:
+def embed_kept(model: Any, images: Tensor, keep: Tensor) -> Tokens:
     """Embeds the kept patches only: ``(B, C, H, W)``, ``(B, k)`` -> ``(B, P + k, D)``, the first block's input.
 
     Pixels are gathered before the projection, and positions are added within the same op where the model adds them
@@ -114,6 +100,9 @@ def embed_kept(model: Any, images: Tensor, keep: Tensor) -> Tensor:
         model: a maskable timm ViT.
         images: ``(B, C, H, W)``.
         keep: ``(B, k)`` int64 patch indices, row-major over the grid, no repeats.
+
+    Returns:
+        The tokens, and the blocks' rotary positions.
 
     Raises:
         ValueError: `keep` has a wrong shape, or an index out of range or repeated (on a GPU an asynchronous assert).
@@ -133,13 +122,22 @@ def embed_kept(model: Any, images: Tensor, keep: Tensor) -> Tensor:
             x = x + positions[keep]
     if prefix is not None:
         x = torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1)
-    if positions is not None:
+    table = rotary_table(model, grid)  # before the dropouts, so that random numbers are drawn in the model's order
+    if positions is not None or isinstance(model, Eva):
         x = model.pos_drop(x)
-    return model.norm_pre(_patch_drop(model)(x))
+    if isinstance(model, Cait):
+        return x, repeat(None)
+    x = _patch_drop(model)(x)
+    if isinstance(x, tuple):  # Eva's patch dropout says what it kept
+        x, of_kept = x
+        keep = keep if of_kept is None else keep.gather(1, of_kept)
+    return model.norm_pre(x), rotations(table, keep)
 
 
 def _prefix_and_positions(model: Any, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
     """Prefix tokens ``(1, P, D)`` with positions added, and patches' positions ``(N, D)``; None if there are none."""
+    if isinstance(model, Cait):
+        return None, model.pos_embed[0]
     second = "dist_token" if isinstance(model, VisionTransformerDistilled) else "reg_token"
     tokens = [token for token in (model.cls_token, getattr(model, second, None)) if token is not None]
     prefix = torch.cat(tokens, dim=1) if tokens else None

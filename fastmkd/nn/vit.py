@@ -7,39 +7,47 @@ when the head reads only prefix tokens, the last block computes only those rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import SaliencyOptions, run_block_on_rows, run_whole_block, runs_on_rows
-from .embed import check_images, embed_all, embed_kept, patch_grid, why_not_maskable
+from .attention import SaliencyOptions, run_block, run_block_on_rows, run_whole_block, runs_on_rows
+from .cait import run_class_blocks
+from .embed import Tokens, check_images, embed_all, embed_kept, patch_grid
 from .inplace import may_run_in_place, run_block_in_place
+from .maskable import why_not_maskable
+from .spectrogram import SpectrogramTransformer
 
 __all__ = ["MaskedViT"]
 
 _INNER = "model."
+_TWO_TOKEN_HEADS = (VisionTransformerDistilled.forward_head, SpectrogramTransformer.forward_head)
+_POOLS = (VisionTransformer.pool, Eva.pool)
 
 
 class MaskedViT(nn.Module):
-    """Wraps a timm VisionTransformer so that it can run on a subset of an image's patches.
+    """Wraps a timm ViT so that it can run on a subset of an image's patches.
 
     `model` stays the same object, untouched, and shares its parameters with the wrapper; ``state_dict()`` of the
     wrapper has exactly the keys of the model, also inside another module. Gradients, autocast, ``torch.compile``,
     gradient checkpointing (``model.set_grad_checkpointing()``), dropout and drop path work as in the model.
 
-    Forward hooks on blocks and their parts fire. The last block, if it is timm's plain `Block` and has no hooks, is
-    computed in parts, because only some rows of it are needed: hooks on its MLP, norms and projection then see those
+    Forward hooks on blocks and their parts fire. The last block, if it is one of timm's ordinary ones and has no hooks,
+    is computed in parts, because only some rows of it are needed: hooks on its MLP, norms and projection then see those
     rows. With a hook on it, its attention or its qkv projection, or when it is any other kind of block, it is called
     whole. Hooks on `model` itself do not fire, for its ``forward`` is not used.
 
     Args:
-        model: a timm VisionTransformer: ViT, DeiT (also distilled), DeiT III, CLIP, with or without registers, class
-            token, LayerScale, qk-norm, fc_norm, any `global_pool`, rectangular or dynamic image sizes.
+        model: timm's VisionTransformer (ViT, DeiT, also distilled, DeiT III, CLIP, MAE, DINOv2), Eva (EVA-02, DINOv3,
+            other rotary positions) or Cait, or a `fastmkd.nn.spectrogram.SpectrogramTransformer` (AST); any head, any
+            number of prefix tokens, rectangular, dynamic or overlapping grids. ``docs/masked_vit.md`` has the table.
 
     Raises:
         TypeError: patches of `model` cannot be left out (Swin, relative positions, a convolutional stem); says why.
@@ -58,7 +66,7 @@ class MaskedViT(nn.Module):
         if isinstance(model, MaskedViT):
             raise TypeError("model is already a MaskedViT; pass it on as it is, or wrap its .model.")
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; expected a timm VisionTransformer.")
+            raise TypeError(f"model is a {type(model).__name__}; expected a timm ViT.")
         reason = why_not_maskable(model)
         if reason is not None:
             raise TypeError(f"model cannot be masked: {reason}.")
@@ -123,20 +131,18 @@ class MaskedViT(nn.Module):
         """
         model = self.model
         saliency = self._saliency_options(include_prefix) if return_saliency else None
-        x = self._embed(images, keep)
-        *body, last = model.blocks.children()
-        if may_run_in_place(model, x):
-            for block in body:
-                x = run_block_in_place(block, x)
+        x, rotations = self._embed(images, keep)
+        if isinstance(model, Cait):
+            x = self._run_blocks(model.blocks.children(), x, rotations)
+            x, scores = run_class_blocks(model, x, saliency)
         else:
-            x = self._run_blocks(body, x)
-        rows = self._rows_for_head(x.shape[1])
-        if (rows < x.shape[1] or return_saliency) and runs_on_rows(last):
-            x, scores = run_block_on_rows(last, x, rows, saliency)
-        elif return_saliency:
-            x, scores = run_whole_block(last, x, saliency)
-        else:
-            x, scores = self._run_blocks([last], x), None
+            *body, last = model.blocks.children()
+            if may_run_in_place(model, x):
+                for block in body:
+                    x = run_block_in_place(block, x)
+            else:
+                x = self._run_blocks(body, x, rotations)
+            x, scores = self._run_last_block(last, x, next(rotations), saliency)
         logits = model.forward_head(model.norm(x))
         return (logits, scores) if return_saliency else logits
 
@@ -153,7 +159,8 @@ class MaskedViT(nn.Module):
 
         Returns:
             A list of ``(B, P + k, D)``, prefix tokens first and patches in the order of `keep`; blocks in order of
-            depth and each once, whatever the order of `indices`, as timm does.
+            depth and each once, whatever the order of `indices`, as timm does. CaiT's blocks hold patches alone and
+            give ``(B, k, D)``; its class-attention blocks are not counted.
 
         Raises:
             ValueError: an index that names no block, or images or `keep` as in `forward`.
@@ -161,15 +168,15 @@ class MaskedViT(nn.Module):
         """
         blocks = list(self.model.blocks.children())
         wanted = _block_indices(indices, len(blocks))
-        x = self._embed(images, keep)
+        x, rotations = self._embed(images, keep)
         outputs = []
         for i, block in enumerate(blocks[: max(wanted) + 1]):
-            x = self._run_blocks([block], x)
+            x = self._run_blocks([block], x, rotations)
             if i in wanted:
                 outputs.append(x)
         return outputs
 
-    def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
+    def _embed(self, images: Tensor, keep: Tensor | None) -> Tokens:
         check_images(self.model, images)
         if keep is None:
             return embed_all(self.model, images)
@@ -179,22 +186,32 @@ class MaskedViT(nn.Module):
             raise ValueError(f"keep is on {keep.device} but images is on {images.device}; move them to one device.")
         return embed_kept(self.model, images, keep)
 
-    def _run_blocks(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
+    def _run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, rotations: Iterator[Tensor | None]) -> Tensor:
         recompute = self.model.grad_checkpointing and torch.is_grad_enabled()
         for block in blocks:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            rope = next(rotations)
+            x = checkpoint(run_block, block, x, rope, use_reentrant=False) if recompute else run_block(block, x, rope)
         return x
+
+    def _run_last_block(
+        self, block: nn.Module, x: Tensor, rope: Tensor | None, saliency: SaliencyOptions | None
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = self._rows_for_head(x.shape[1])
+        if (rows < x.shape[1] or saliency is not None) and runs_on_rows(block):
+            return run_block_on_rows(block, x, rows, saliency, rope)
+        if saliency is not None:
+            return run_whole_block(block, x, saliency, rope)
+        return self._run_blocks([block], x, iter([rope])), None
 
     def _rows_for_head(self, length: int) -> int:
         """How many leading tokens the head reads; all of them unless it is known to read fewer."""
         model = self.model
-        head = type(model).forward_head
-        if head is VisionTransformerDistilled.forward_head:
+        kind = type(model)
+        if kind.forward_head in _TWO_TOKEN_HEADS:
             return 2
+        own_head = kind.forward_head in (VisionTransformer.forward_head, Eva.forward_head) and kind.pool in _POOLS
         pools_token = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
-        if head is VisionTransformer.forward_head and type(model).pool is VisionTransformer.pool and pools_token:
-            return 1
-        return length
+        return 1 if own_head and pools_token else length
 
     def _saliency_options(self, include_prefix: bool) -> SaliencyOptions:
         model = self.model

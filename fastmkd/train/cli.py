@@ -17,6 +17,7 @@ COMMANDS = {
     "export": ("fastmkd.train.export", "main", "write the bare student as .safetensors or .onnx"),
     "show": ("fastmkd.train.show", "main", "draw what a method sees: input, saliency, kept patches"),
     "cost": ("fastmkd.train.cost", "main", "count the multiply-adds of student and teacher"),
+    "suggest-keep": ("fastmkd.train.suggest_keep", "main", "find how few patches the teacher needs"),
     "demo": ("fastmkd.train.demo", "main", "train teacher and students on digits, end with a table"),
     "bench": ("fastmkd.bench.runner", "main", "run benchmarks"),
     "check": ("fastmkd.ops.check", "main", "test every op against its reference on this device"),
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """Returns the list of commands."""
-    lines = [f"  {name:8}{summary}" for name, (_, _, summary) in COMMANDS.items()]
+    lines = [f"  {name:14}{summary}" for name, (_, _, summary) in COMMANDS.items()]
     return "usage: fastmkd COMMAND ...\n\n" + "\n".join(lines) + "\n\nfastmkd COMMAND --help says more.\n"
 
 

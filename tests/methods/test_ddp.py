@@ -13,7 +13,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmkd import MaskedKD
+from fastmkd.methods import MaskedDINO, MaskedKD
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -27,11 +27,15 @@ def make(seed, kind):
 
 torch.manual_seed(0)
 images, targets = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
-for kind in (VisionTransformer, VisionTransformerDistilled):
+cases = (
+    (VisionTransformer, {}),
+    (VisionTransformer, {"base": "attention", "strategy": "middle"}),
+    (VisionTransformer, {"linear_probe": True}),
+    (VisionTransformerDistilled, {"base": "g2sd"}),
+)
+for kind, options in cases:
     student = make(rank, kind)  # DDP must take rank 0's weights
-    if kind is VisionTransformerDistilled:
-        student.set_distilled_training()
-    method = MaskedKD(student, make(7, VisionTransformer)).train()
+    method = MaskedKD(student, make(7, VisionTransformer), **options).train()
     ddp = DistributedDataParallel(method)
     mine = slice(2 * rank, 2 * rank + 2)
     for _ in range(2):  # a second step fails if a parameter of the first was left out
@@ -39,12 +43,28 @@ for kind in (VisionTransformer, VisionTransformerDistilled):
         ddp(images[mine], targets[mine]).loss.backward()
 
     alone = make(0, kind)
-    if kind is VisionTransformerDistilled:
-        alone.set_distilled_training()
-    whole = MaskedKD(alone, make(7, VisionTransformer)).train()
+    whole = MaskedKD(alone, make(7, VisionTransformer), **options).train()
     whole(images, targets).loss.backward()
     for (name, a), b in zip(student.named_parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+        if b.grad is None:
+            assert a.grad is None and options == {"linear_probe": True}, name
+        else:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+# DINO: the centre is that of all ranks, and the teachers stay the same.
+method = MaskedDINO(make(rank, VisionTransformer), out_features=6, hidden=8, bottleneck=4, local_crops=0).train()
+ddp = DistributedDataParallel(method)
+optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
+for step in range(2):
+    crops = [images[mine] * (step + 1), images[mine].flip(3)]
+    optimizer.zero_grad()
+    ddp(crops).loss.backward()
+    optimizer.step()
+assert method.center.abs().max() > 0
+for name, value in method.state_dict().items():
+    both = [torch.empty_like(value) for _ in range(2)]
+    dist.all_gather(both, value)
+    torch.testing.assert_close(both[0], both[1], msg=name)
 dist.barrier()
 dist.destroy_process_group()
 print("agreed")

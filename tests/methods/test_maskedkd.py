@@ -11,28 +11,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from tiny_vits import TARGETS, kl, pictures, tiny
 from torch import nn
 
 from fastmkd import MaskedKD, MaskedViT
 from fastmkd.ops.select_tokens import resize
 from fastmkd.reference import masked_vit_forward, masked_vit_saliency
-
-TARGETS = torch.tensor([0, 4, 2])
-
-
-def tiny(seed: int = 0, kind: type[VisionTransformer] = VisionTransformer, **options) -> VisionTransformer:
-    torch.manual_seed(seed)
-    defaults = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
-    model = kind(**{**defaults, **options})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.double()
-
-
-def pictures(size: int = 32) -> torch.Tensor:
-    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
 def by_hand(student, teacher, images, targets, k, weight=1.0, temperature=1.0, ce_weight=1.0, **options):
@@ -128,11 +112,6 @@ def test_teacher_with_another_normalisation():
     expected = kl(student(images), teacher((images * std + mean - 0.5) / 0.5))
     torch.testing.assert_close(method(images, TARGETS).terms["kd"], expected, rtol=1e-5, atol=1e-7)
     assert list(method.state_dict()) == ["student." + key for key in student.state_dict()]
-
-
-def kl(student_logits, teacher_logits):
-    p = teacher_logits.softmax(1)
-    return (p * (p.log() - student_logits.log_softmax(1))).sum(1).mean()
 
 
 @pytest.mark.parametrize(
@@ -283,7 +262,12 @@ def test_pictures():
         ({}, {}, {"keep_ratio": 0.0}, ValueError, "keep_ratio is 0.0"),
         ({}, {}, {"keep_ratio": 1.5}, ValueError, "keep_ratio is 1.5"),
         ({}, {}, {"keep_ratio": math.nan}, ValueError, "keep_ratio is nan"),
-        ({}, {}, {"base": "manifold"}, ValueError, "base is 'manifold'; available are 'logit'"),
+        ({}, {}, {"base": "logits"}, ValueError, "base is 'logits'; available are 'logit', 'manifold'"),
+        ({}, {}, {"base": 3}, TypeError, "base is a int; expected a BaseDistillation"),
+        ({}, {}, {"base": {"class_path": "fastmkd.Nothing"}}, ValueError, "cannot be imported"),
+        ({}, {}, {"strategy": "best"}, ValueError, "strategy is 'best'; available are 'saliency', 'random'"),
+        ({}, {}, {"mask": "both"}, ValueError, "mask is 'both'"),
+        ({}, {}, {"base": "manifold", "linear_probe": True}, ValueError, "freezes everything that base Manifold"),
         ({}, {}, {"weight": -1.0}, ValueError, "weight is -1.0"),
         ({}, {}, {"ce_weight": math.inf}, ValueError, "ce_weight is inf"),
         ({}, {}, {"weight": 0, "ce_weight": 0}, ValueError, "both 0"),
@@ -323,10 +307,19 @@ def test_refuses_nan():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("keep_ratio", [0.5, 1.0])
-def test_a_step_does_not_wait_for_the_gpu(keep_ratio):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep_ratio": 0.5},
+        {"keep_ratio": 1.0},
+        {"base": "manifold", "strategy": "random"},
+        {"base": "attention", "strategy": "patch"},
+        {"mask": "student", "strategy": "bottom"},
+    ],
+)
+def test_a_step_does_not_wait_for_the_gpu(options):
     student, teacher = tiny(0).float(), tiny(1, img_size=48).float()
-    method = MaskedKD(student, teacher, keep_ratio).cuda().train()
+    method = MaskedKD(student, teacher, **options).cuda().train()
     assert teacher.pos_embed.is_cuda
     images, targets = pictures().float().cuda(), TARGETS.cuda()
 

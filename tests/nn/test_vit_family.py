@@ -19,6 +19,16 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
+from vit_models import (
+    assert_same,
+    check_gradients,
+    check_outputs,
+    check_saliency,
+    choose,
+    pictures,
+    randomize,
+    rows_of_last_mlp,
+)
 
 from fastmkd import MaskedViT
 from fastmkd.nn.attention import runs_on_rows
@@ -99,14 +109,6 @@ NAMED = {
 }
 
 
-def randomize(model: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter takes part: class tokens and layer scales start near zero otherwise."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.double().eval()
-
-
 def build(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     if name in NAMED:
@@ -115,83 +117,37 @@ def build(name: str) -> torch.nn.Module:
     return randomize(options.pop("class", VisionTransformer)(**options))
 
 
-def pictures(model: torch.nn.Module, batch: int = 3) -> torch.Tensor:
-    return torch.randn(batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, dtype=torch.float64)
-
-
-def choose(batch: int, patches: int, k: int) -> torch.Tensor:
-    return torch.rand(batch, patches).argsort(1)[:, :k]
-
-
-def assert_same(mine: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert mine.shape == theirs.shape
-    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
-
-
 @pytest.mark.parametrize("name", [*PLAIN, *OTHER_BLOCKS, *NAMED])
 def test_equals_model_and_oracle(name):
-    model = build(name)
-    vit, images = MaskedViT(model), pictures(model)
-    patches = model.patch_embed.num_patches
-    kept = [choose(3, patches, k) for k in (1, patches // 2, patches)]
-    expected = [masked_vit_forward(model, images, keep) for keep in kept]
-    for grad in (True, False):  # without gradients a CPU runs plain blocks in place
-        with torch.set_grad_enabled(grad):
-            assert_same(vit(images), model(images))
-            for keep, output in zip(kept, expected, strict=True):
-                assert_same(vit(images, keep=keep), output)
+    check_outputs(build(name))
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *NAMED])
 def test_saliency_equals_full_attention(name):
     model = build(name)
-    vit, images = MaskedViT(model), pictures(model)
-    if model.num_prefix_tokens == 0:
-        with pytest.raises(ValueError, match="no prefix token"):
-            vit(images, return_saliency=True)
+    if model.num_prefix_tokens > 0:
+        check_saliency(model)
         return
-    patches = model.patch_embed.num_patches
-    for keep in (None, choose(3, patches, patches - 1)):
-        for include_prefix in (False, True):
-            logits, saliency = vit(images, keep, return_saliency=True, include_prefix=include_prefix)
-            assert_same(saliency, masked_vit_saliency(model, images, keep, include_prefix))
-            assert_same(logits, masked_vit_forward(model, images, keep))
-    assert vit.float()(images.float(), return_saliency=True)[1].dtype == torch.float32
+    with pytest.raises(ValueError, match="no prefix token"):
+        MaskedViT(model)(pictures(model), return_saliency=True)
 
 
 @pytest.mark.parametrize("name", sorted(GRADIENTS & PLAIN.keys()))
 def test_gradients_equal_the_oracle_in_training_mode(name):
-    model = build(name).train()
-    vit, images = MaskedViT(model), pictures(model)
-    keep = choose(3, 16, 7)
-
-    def gradients(logits, saliency):
-        probe = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
-        weights = torch.linspace(0, 1, saliency.numel(), dtype=torch.float64).view_as(saliency)
-        loss = (logits * probe).sum() + (saliency * weights).square().sum()
-        return torch.autograd.grad(loss, list(model.parameters()))
-
-    mine = gradients(*vit(images, keep, return_saliency=True))
-    theirs = gradients(masked_vit_forward(model, images, keep), masked_vit_saliency(model, images, keep))
-    for (parameter, _), a, b in zip(model.named_parameters(), mine, theirs, strict=True):
-        assert b.abs().max() > 0, parameter
-        assert_same(a, b)
+    check_gradients(build(name))
 
 
 def test_last_block_runs_on_rows_only_where_that_is_exact():
-    assert all(runs_on_rows(build(name).blocks[-1]) for name in PLAIN)
-    assert not any(runs_on_rows(build(name).blocks[-1]) for name in OTHER_BLOCKS)
+    assert all(runs_on_rows(build(name).blocks[-1]) for name in (*PLAIN, "res_post"))
+    assert not any(runs_on_rows(build(name).blocks[-1]) for name in OTHER_BLOCKS if name != "res_post")
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"), [("vit", 1), ("registers", 1), ("distilled", 2), ("average", 17), ("no_pool", 17)]
+    ("name", "rows"),
+    [("vit", 1), ("registers", 1), ("distilled", 2), ("res_post", 1), ("average", 17), ("no_pool", 17)],
 )
 def test_last_mlp_sees_only_the_rows_that_the_head_reads(name, rows):
-    model = build(name)
-    seen = []
-    model.blocks[-1].mlp.register_forward_hook(lambda _module, args, _out: seen.append(args[0].shape[1]))
-    MaskedViT(model)(pictures(model))
-    assert seen == [rows]
+    assert rows_of_last_mlp(build(name)) == rows
 
 
 def test_unfused_attention_with_its_own_scale():
@@ -222,15 +178,9 @@ def test_saliency_of_a_block_called_whole(name):
     vit, images = MaskedViT(model), pictures(model)
     logits, saliency = vit(images, return_saliency=True)
     assert calls == [1]
-    assert not model.blocks[-1].attn.qkv._forward_hooks
+    assert not model.blocks[-1].attn.k_norm._forward_hooks
     assert_same(logits, model(images))
-    if name == "res_post":
-        before = masked_vit_intermediates(model, images)[0]  # input of the last block and of its attention
-        q, k, _ = model.blocks[-1].attn.qkv(before).unflatten(-1, (3, 2, 12)).permute(2, 0, 3, 1, 4)
-        expected = (q @ k.mT * 12**-0.5)[:, :, 0, 1:].softmax(-1).sum(1)
-    else:
-        expected = masked_vit_saliency(model, images)
-    assert_same(saliency, expected)
+    assert_same(saliency, masked_vit_saliency(model, images))
 
 
 @pytest.mark.parametrize("name", sorted(NO_SALIENCY & OTHER_BLOCKS.keys()))

@@ -1,0 +1,50 @@
+"""Distilling the classifier only: the backbone is frozen and in eval mode (MaskedKD, Appendix C)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.deit import VisionTransformerDistilled
+from tiny_vits import TARGETS, kl, pictures, tiny
+
+from fastmkd import MaskedKD, MaskedViT
+from fastmkd.reference import masked_vit_forward, masked_vit_saliency
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, MaskedViT])
+def test_only_the_classifier_learns(wrap):
+    student, teacher, images = tiny(0, proj_drop_rate=0.5, drop_path_rate=0.5), tiny(1), pictures()
+    method = MaskedKD(wrap(student), teacher, 0.5, linear_probe=True).train()
+    assert [name for name, p in student.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+    assert not student.blocks.training
+    assert student.head.training
+    assert not method.eval().student.training
+    out = method.train()(images, TARGETS)
+    keep = masked_vit_saliency(student, images).topk(8, dim=1).indices
+    logits = masked_vit_forward(student, images)
+    expected = F.cross_entropy(logits, TARGETS) + kl(logits, masked_vit_forward(teacher, images, keep).detach())
+    torch.testing.assert_close(out.loss, expected)
+    out.loss.backward()
+    assert {name for name, p in student.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
+    method.release()
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_no_graph_is_kept_for_the_backbone():
+    method = MaskedKD(tiny(0), tiny(1), linear_probe=True).train()
+    graph, nodes = [method(pictures(), TARGETS).loss.grad_fn], set()
+    while graph:
+        node = graph.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            graph += [parent for parent, _ in node.next_functions]
+    assert not any("Attention" in node.name() or "LayerNorm" in node.name() for node in nodes)
+
+
+def test_both_heads_of_a_distilled_student():
+    student = tiny(0, VisionTransformerDistilled)
+    method = MaskedKD(student, tiny(1), base="g2sd", linear_probe=True).train()
+    method(pictures(), TARGETS).loss.backward()
+    learnt = {name for name, p in student.named_parameters() if p.grad is not None}
+    assert learnt == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
