@@ -165,7 +165,7 @@ def run_whole_block(
     Raises:
         ValueError: the block has no ordinary softmax attention to read a saliency from.
     """
-    attn = getattr(block, "attn", None)
+    attn: Any = getattr(block, "attn", None)
     if getattr(type(attn), "forward", None) not in _ATTENTIONS or not hasattr(attn, "q_norm"):
         raise ValueError(
             f"the last block is a {type(block).__name__} with attention {type(attn).__name__}; return_saliency needs "

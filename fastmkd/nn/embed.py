@@ -86,7 +86,9 @@ def embed_all(model: Any, images: Tensor) -> Tokens:
         return model.pos_drop(x + model.pos_embed), repeat(None)
     if isinstance(model, Eva):
         x, rope = model._pos_embed(x)
-        return model.norm_pre(x), iter(rope) if getattr(model, "rope_mixed", False) else repeat(rope)
+        if rope is not None and getattr(model, "rope_mixed", False):
+            return model.norm_pre(x), iter(rope)  # (depth, H, N, 2d): each block has its own
+        return model.norm_pre(x), repeat(rope)
     return model.norm_pre(_patch_drop(model)(model._pos_embed(x))), repeat(None)
 
 

@@ -15,7 +15,7 @@ __all__ = ["why_not_maskable"]
 
 # What `fastmkd.nn.embed` and `MaskedViT.forward` do in the place of a model's own methods; a subclass that brings
 # another one of these computes something else.
-_KNOWN = {
+_KNOWN: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     VisionTransformer: {
         "_pos_embed": (VisionTransformer._pos_embed, VisionTransformerDistilled._pos_embed),
         "forward_features": (VisionTransformer.forward_features,),

@@ -60,7 +60,7 @@ class OverlappingPatchEmbed(PatchEmbed):
 
     def __init__(self, patch_size: int | Pair, stride: int | Pair, **options: Any) -> None:
         self.stride = _pair(stride)
-        super().__init__(patch_size=patch_size, **options)
+        super().__init__(patch_size=_pair(patch_size), **options)  # type: ignore[arg-type]  # timm takes pairs too
         self.proj.stride = self.stride
 
     def dynamic_feat_size(self, img_size: Pair) -> Pair:
@@ -132,7 +132,7 @@ class SpectrogramTransformer(VisionTransformer):
         Raises:
             TypeError: `model` has no AST classifier.
         """
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if getattr(config, "model_type", None) != "audio-spectrogram-transformer" or not hasattr(model, "classifier"):
             raise TypeError(f"model is a {type(model).__name__}; expected transformers' ASTForAudioClassification.")
         ast = cls(
