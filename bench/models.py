@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .registry import Setting
 
-__all__ = ["autocast", "images_for", "keep_for", "vit", "vit_flops"]
+__all__ = ["autocast", "exact_dtype", "images_for", "keep_for", "vit", "vit_flops"]
 
 NAMES = {
     "DeiT-Ti": "deit_tiny_patch16_224",
@@ -42,6 +42,21 @@ def keep_for(batch: int, patches: int, kept: int, setting: Setting) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     order = torch.rand(batch, patches, generator=generator).argsort(1)
     return order[:, :kept].sort(1).values.to(setting.device)
+
+
+def exact_dtype(setting: Setting) -> torch.dtype:
+    """The dtype in which to compute what a convolutional network should give: wide enough for the setting's.
+
+    Float32 for the two half precisions, since float64 convolutions of a GPU's batch are slow and large.
+
+    Args:
+        setting: whose dtype is to be judged.
+
+    Example:
+        >>> exact_dtype(Setting(torch.device("cpu"), "bf16"))
+        torch.float32
+    """
+    return torch.float64 if setting.dtype == "fp32" else torch.float32
 
 
 def autocast(setting: Setting, function: Callable[..., Any], *args: Any, grad: bool = False) -> Callable[[], Any]:

@@ -72,7 +72,7 @@ def bar(total: int) -> Iterator[_Lines | _Bar]:
 
 
 def describe_variant(variant: dict[str, Any]) -> tuple[str, str, str]:
-    """Time, ratio and share of the bound of a record's variant, as text for tables.
+    """Time (or memory), ratio and share of the bound of a record's variant, as text for tables.
 
     Example:
         >>> describe_variant({"name": "cuda", "unavailable": "not built"})
@@ -84,6 +84,7 @@ def describe_variant(variant: dict[str, Any]) -> tuple[str, str, str]:
     if "unavailable" in variant:
         return "-", variant["unavailable"], ""
     taken = spread_of_time(variant["seconds"]) if "seconds" in variant else "-"
+    taken = f"{variant['bytes'] / 2**20:.0f} MiB" if "bytes" in variant else taken
     check = variant.get("check", {"ok": True})
     if not check["ok"]:
         return taken, "WRONG: " + (check["detail"] or f"error {check['error']}, allowed {check['allowed']}"), ""

@@ -17,7 +17,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -59,14 +59,14 @@ class Answer:
         exact: computes it in float64 (or any way that is exact); None when there is nothing to compare with.
         flops: floating-point operations that any way of computing it must do, for the physical bound; 0 if not counted.
         bytes: bytes that any way must move, inputs once and outputs once; 0 if not counted.
-        floor: relative error that is allowed on top of twice plain PyTorch's own; 0 is right for everything
-            but a result that depends on a discrete choice (which tokens are kept).
+        floor: relative error that is allowed on top of twice plain PyTorch's own, for all tensors of the result or one
+            for each; 0 is right for everything but a result that depends on a discrete choice (which tokens are kept).
     """
 
     exact: Callable[[], Any] | None = None
     flops: float = 0.0
     bytes: float = 0.0
-    floor: float = 0.0
+    floor: float | tuple[float, ...] = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Variant:
         answer: the function it computes.
         plain: True for the PyTorch implementation whose error sets the bar for the others with the same answer.
         unavailable: None, or a sentence that says why this variant cannot run here; it is listed and not run.
+        read: brings what `run` returned into the form in which variants are compared; not timed.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Variant:
     answer: Answer
     plain: bool = False
     unavailable: str | None = None
+    read: Callable[[Any], Any] = lambda result: result
 
 
 @dataclass
@@ -100,6 +102,8 @@ class Case:
         items: images per call, for throughput; 0 when that means nothing.
         device_time: on a GPU, measure the time of the device alone with the launch hidden (right for one kernel);
             False measures from an idle device to the end, as a user's step sees it.
+        quantity: what is measured of a call: its time, or the peak of the memory that it allocates.
+        min_rounds: so many rounds of timing are enough; for calls that take seconds, whose relative spread is small.
         params: numbers that describe the inputs, written to the record.
     """
 
@@ -109,6 +113,8 @@ class Case:
     baseline: str
     items: int = 0
     device_time: bool = False
+    quantity: Literal["time", "memory"] = "time"
+    min_rounds: int | None = None
     params: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from fastmkd.ops.accuracy import Verdict
 
 from . import environment, progress
+from .memory import peak_bytes
 from .registry import DTYPES, Benchmark, Case, Setting, Variant, benchmarks, find
 from .roofline import bound
 from .timing import Plan, Spread, make_clock, ratios, time_interleaved
@@ -62,7 +63,10 @@ def measure(case: Case, setting: Setting, plan: Plan, tell: progress.Tell) -> di
         if not entry.get("failed"):
             able.append(variant)
     if any(v.name == case.baseline for v in able):
-        _time(case, able, entries, setting, plan, tell)
+        if case.quantity == "memory":
+            _weigh(case, able, entries, setting)
+        else:
+            _time(case, able, entries, setting, plan, tell)
     return {
         "label": case.label,
         "panel": case.panel,
@@ -83,6 +87,8 @@ def _time(
     tell: progress.Tell,
 ) -> None:
     clock = make_clock(setting.device, case.device_time)
+    if case.min_rounds is not None:
+        plan = replace(plan, min_rounds=min(plan.min_rounds, case.min_rounds))
     times = time_interleaved({v.name: v.run for v in able}, clock, plan, on_round=tell)
     against = ratios(times, case.baseline)
     right = {v.name: entries[v.name]["check"]["ok"] for v in able}
@@ -97,6 +103,14 @@ def _time(
             entry["bound"] = {**asdict(least), "share": least.seconds / taken.median}
         if right[variant.name] and right[case.baseline]:
             entry["ratio"] = asdict(against[variant.name])
+
+
+def _weigh(case: Case, able: list[Variant], entries: dict[str, dict[str, Any]], setting: Setting) -> None:
+    peaks = {v.name: peak_bytes(v.run, setting.device) for v in able}
+    for name, peak in peaks.items():
+        entries[name]["bytes"] = peak
+        if entries[name]["check"]["ok"] and entries[case.baseline]["check"]["ok"]:
+            entries[name]["ratio"] = asdict(Spread.of([peaks[case.baseline] / peak]))
 
 
 def write(record: dict[str, Any], out: Path) -> Path:

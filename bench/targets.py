@@ -1,6 +1,6 @@
 """What was asked of the speed, so that a page can say what was reached.
 
-Every target is a ratio to a benchmark's baseline, measured on a CPU, that must be at least so much.
+Every target is a ratio to another variant of a case, measured on a CPU, that must be at least so much.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ class Target:
         dtype: of the setting.
         panel: of the case; a prefix, so that the batch may differ.
         label: of the case.
-        variant: whose ratio to the baseline counts.
+        variant: whose ratio counts.
         least: the ratio must be at least this.
         show: the ratio as a reader wants it.
+        against: the variant that the ratio is to; empty for the case's baseline.
     """
 
     sentence: str
@@ -35,14 +36,16 @@ class Target:
     variant: str
     least: float
     show: Callable[[float], str] = "{:.2f}x".format
+    against: str = ""
 
     def ratio(self, record: dict[str, Any]) -> float | None:
         """The ratio that counts if `record` is the right one, else None."""
         place = (record["benchmark"], record["dtype"], record["label"])
         if place != (self.benchmark, self.dtype, self.label) or not record["panel"].startswith(self.panel):
             return None
-        found = [v["ratio"]["median"] for v in record["variants"] if v["name"] == self.variant and "ratio" in v]
-        return found[0] if found else None
+        found = {v["name"]: v["ratio"]["median"] for v in record["variants"] if "ratio" in v}
+        against = self.against or record["baseline"]
+        return found[self.variant] / found[against] if {self.variant, against} <= found.keys() else None
 
 
 def _inverse(ratio: float) -> str:
@@ -57,6 +60,38 @@ def _teacher(model: str, dtype: str, words: str, least: float) -> Target:
     sentence = f"masked {model} teacher, 50 % kept, {words}: at least {least}x the full model"
     return Target(sentence, "masked_teacher", dtype, model, "50 % kept", "fastmkd", least)
 
+
+def _masked(benchmark: str, panel: str, what: str, least: dict[int, float], against: str = "") -> list[Target]:
+    return [
+        Target(
+            f"{what}, {percent} % hidden: at least {ratio:.3g}x the {against or 'dense twin'}",
+            benchmark,
+            dtype="fp32",
+            panel=panel,
+            label=f"{percent} % hidden",
+            variant="fastmkd",
+            least=ratio,
+            against=against,
+        )
+        for percent, ratio in least.items()
+    ]
+
+
+def _faster_bf16(direction: str) -> Target:
+    return Target(
+        f"3x3 layers in bf16, {direction}, 75 % hidden: at least 1.5x the same in fp32",
+        benchmark="masked_conv3x3",
+        dtype="bf16",
+        panel=f"ResNet-50's sixteen 3x3 layers, {direction}, batch",
+        label="75 % hidden",
+        variant="fastmkd",
+        least=1.5,
+        against="fastmkd in fp32",
+    )
+
+
+_LAYERS, _STEP, _PLAIN = "ResNet-50's sixteen 3x3 layers", "ResNet-50 training step", "plain, unmasked"
+_DEPTHWISE = {percent: 0.8 * 100 / (100 - percent) for percent in (10, 50, 75)}  # of the bound by the visible share
 
 TARGETS = (
     _teacher("DeiT-S", "fp32", "fp32", 2.45),
@@ -82,5 +117,66 @@ TARGETS = (
         variant="from fastmkd import MaskedViT, MaskedKD",
         least=1 / 1.5,
         show=_inverse,
+    ),
+    *_masked("masked_conv3x3", f"{_LAYERS}, forward, batch", "3x3 forward", {10: 1.15, 50: 2.3, 75: 5.0}),
+    *_masked(
+        "masked_conv3x3",
+        f"{_LAYERS}, forward + backward, batch",
+        "3x3 forward and backward",
+        {10: 1.1, 50: 2.1, 75: 4.5},
+    ),
+    *_masked("masked_resnet", _STEP, _STEP, {10: 1.15, 50: 2.1, 75: 4.0}),
+    *_masked("masked_resnet", _STEP, _STEP, {10: 1.0, 50: 1.8, 75: 3.4}, against=_PLAIN),
+    *(
+        target
+        for network in ("ConvNeXt-T 7x7", "MobileNetV2 3x3")
+        for direction in ("forward", "forward + backward")
+        for target in _masked(
+            "masked_depthwise",
+            f"{network} depthwise, {direction}, batch",
+            f"{network} depthwise, {direction}",
+            _DEPTHWISE,
+        )
+    ),
+    Target(
+        "block gather in plain PyTorch, 3x3 forward, 75 % hidden: faster than it",
+        benchmark="masked_conv3x3",
+        dtype="fp32",
+        panel=f"{_LAYERS}, forward, batch",
+        label="75 % hidden",
+        variant="fastmkd",
+        least=1.0,
+        against="block gather",
+    ),
+    Target(
+        "spconv on one thread, 3x3 forward, 75 % hidden: faster than it",
+        benchmark="masked_conv3x3",
+        dtype="fp32",
+        panel=f"{_LAYERS}, forward, batch",
+        label="75 % hidden",
+        variant="fastmkd, 1 thread",
+        least=1.0,
+        against="spconv, 1 thread",
+    ),
+    *(_faster_bf16(direction) for direction in ("forward", "forward + backward")),
+    Target(
+        "peak memory of a ResNet-50 training step, 75 % hidden: at most 35 % of the unmasked network's",
+        benchmark="masked_resnet",
+        dtype="fp32",
+        panel="ResNet-50 peak memory",
+        label="75 % hidden",
+        variant="fastmkd",
+        least=1 / 0.35,
+        show=_share,
+    ),
+    Target(
+        "plan building, 75 % hidden: under 3 % of the ResNet-50 training step",
+        benchmark="masked_resnet",
+        dtype="fp32",
+        panel="ResNet-50 plan building",
+        label="75 % hidden",
+        variant="plan building",
+        least=1 / 0.03,
+        show=_share,
     ),
 )

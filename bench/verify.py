@@ -68,14 +68,15 @@ class Oracle:
         """
         answer = variant.answer
         if answer.exact is None:
-            finite = all(bool(t.isfinite().all()) for t in tensors(variant.run()))
+            finite = all(bool(t.isfinite().all()) for t in _results(variant))
             return Verdict(finite, 0.0, 0.0, "" if finite else "the result holds NaN or infinity")
         exact, plain = self._reference(answer, variant)
         _poison(plain)
-        found = tensors(variant.run())
+        found = _results(variant)
         if len(found) != len(plain):
             return Verdict(False, float("nan"), 0.0, f"{len(found)} tensors, not {len(plain)}")
-        verdicts = [_judge(*parts, answer.floor) for parts in zip(found, exact, plain, strict=True)]
+        floors = answer.floor if isinstance(answer.floor, tuple) else (answer.floor,) * len(found)
+        verdicts = [_judge(*parts) for parts in zip(found, exact, plain, floors, strict=True)]
         return min(verdicts, key=lambda v: (v.ok, v.allowed - v.error if v.ok else 0.0))
 
     def _reference(self, answer: Answer, variant: Variant) -> tuple[list[Tensor], list[Tensor]]:
@@ -84,8 +85,12 @@ class Oracle:
             if plain is None:
                 raise ValueError(f"no plain variant computes what {variant.name!r} does; mark one with plain=True.")
             assert answer.exact is not None
-            self._known[id(answer)] = (tensors(answer.exact()), [t.clone() for t in tensors(plain.run())])
+            self._known[id(answer)] = (tensors(answer.exact()), [t.detach().clone() for t in _results(plain)])
         return self._known[id(answer)]
+
+
+def _results(variant: Variant) -> list[Tensor]:
+    return tensors(variant.read(variant.run()))
 
 
 def _judge(found: Tensor, exact: Tensor, plain: Tensor, floor: float) -> Verdict:

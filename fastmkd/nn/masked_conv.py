@@ -3,6 +3,9 @@
 The meaning is that of the dense layer between two masks, ``y = conv(x * m_in) * m_out``, with the bias added at visible
 positions only. A 1 x 1 convolution is a plain matrix product of the rows; every other one is the op
 `fastmkd.ops.masked_conv2d` with the tables of the batch's plan.
+
+That op gives the same bits for any number of threads; a CPU's matrix product and PyTorch's batch norm do not. Under
+``torch.use_deterministic_algorithms(True)`` 1 x 1 convolutions take the op as well, and batch norms sum in fixed order.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from .packed import PackedFeatures, pack
 from .plan import MaskPlan, Pair, Window
 from .where import where
 
-__all__ = ["MaskedConv2d", "conv2d", "convolve", "same_window"]
+__all__ = ["MaskedConv2d", "conv2d", "convolve", "fixed_order", "same_window"]
 
 
 class MaskedConv2d(nn.Conv2d):
@@ -154,7 +157,8 @@ def convolve(
             f"{groups} takes {weight.shape[1] * groups}{where()}."
         )
     size = window.output_size(input.size_hw)
-    if window.kernel == (1, 1) and window.padding == (0, 0) and window.padding_end in (None, (0, 0)):
+    unpadded = window.padding == (0, 0) and window.padding_end in (None, (0, 0))
+    if window.kernel == (1, 1) and unpadded and not fixed_order(values):
         if window.stride != (1, 1):
             values = values.index_select(0, input.plan.forward_taps(input.cell, window)[:, 0])
         return input.with_values(_pointwise(values, weight, bias, groups), size)
@@ -187,6 +191,19 @@ def same_window(kernel: Pair, dilation: Pair = (1, 1)) -> Window:
     before = (total[0] // 2, total[1] // 2)
     after = (total[0] - before[0], total[1] - before[1])
     return Window(kernel, (1, 1), before, dilation, None if before == after else after)
+
+
+def fixed_order(values: Tensor) -> bool:
+    """Returns whether sums over `values` must not depend on the number of threads.
+
+    Args:
+        values: rows of a packed map.
+
+    Example:
+        >>> fixed_order(torch.ones(2, 3))
+        False
+    """
+    return values.device.type == "cpu" and torch.are_deterministic_algorithms_enabled()
 
 
 def _pointwise(values: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:

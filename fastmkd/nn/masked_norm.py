@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .masked_conv import fixed_order
 from .packed import PackedFeatures
 from .where import where
 
@@ -57,18 +58,26 @@ class VisibleStatistics:
         tracked = not norm.training or norm.track_running_stats
         mean, var = (norm.running_mean, norm.running_var) if tracked else (None, None)
         group = self.ranks()
-        if not from_batch or (group is None and self.stats == "visible"):
+        pytorchs = not from_batch or (group is None and self.stats == "visible")
+        if pytorchs and not fixed_order(x.values):
             rows = F.batch_norm(x.values, mean, var, norm.weight, norm.bias, from_batch, momentum, norm.eps)
             return x.with_values(rows)
-        hidden = 0 if self.stats == "visible" else x.plan.batch * x.size_hw[0] * x.size_hw[1] - len(x.values)
-        batch_mean, batch_var, count = _batch_statistics(x.values, hidden, group)
-        if mean is not None and var is not None and norm.training:
-            with torch.no_grad():
-                mean.lerp_(batch_mean.to(mean.dtype), momentum)
-                var.lerp_((batch_var * count / (count - 1)).to(var.dtype), momentum)
-        scale = (batch_var + norm.eps).rsqrt()
+        if from_batch:
+            hidden = 0 if self.stats == "visible" else x.plan.batch * x.size_hw[0] * x.size_hw[1] - len(x.values)
+            if group is None and len(x.values) + hidden == 1:
+                raise ValueError(
+                    f"a batch norm got 1 value per channel{where()}; expected more than 1 value per channel."
+                )
+            centre, spread, count = _batch_statistics(x.values, hidden, group)
+            if mean is not None and var is not None and norm.training:
+                with torch.no_grad():
+                    mean.lerp_(centre.to(mean.dtype), momentum)
+                    var.lerp_((spread * count / (count - 1)).to(var.dtype), momentum)
+        else:
+            centre, spread = norm.running_mean, norm.running_var
+        scale = (spread + norm.eps).rsqrt()
         scale = scale if norm.weight is None else scale * norm.weight
-        rows = (x.values - batch_mean) * scale
+        rows = (x.values - centre) * scale
         rows = rows if norm.bias is None else rows + norm.bias
         return x.with_values(rows.to(x.dtype))
 

@@ -211,6 +211,11 @@ def _window(x: PackedFeatures, kernel: Any, stride: Any, padding: Any, dilation:
     _require_channels_first(x)
     kernel, padding, dilation = _pair(kernel), _pair(padding), _pair(dilation)
     stride = kernel if stride is None or stride == [] else _pair(stride)
+    if kernel == x.size_hw and x.plan.grid != (1, 1):
+        raise ValueError(
+            f"a pooling window as large as the {kernel[0]} x {kernel[1]} map{where()} would mix cells; use "
+            "adaptive_avg_pool2d or adaptive_max_pool2d with output size 1, which see the visible positions only."
+        )
     window = Window(kernel, stride, padding, dilation)
     if not ceil_mode:
         return window

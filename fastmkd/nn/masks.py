@@ -36,7 +36,7 @@ def random_mask(
 
     Raises:
         ValueError: `batch`, `grid` or `mask_ratio` out of range.
-        TypeError: `batch` or `grid` is not made of ints.
+        TypeError: `batch` or `grid` is not made of ints, or `mask_ratio` is no number.
 
     Example:
         >>> random_mask(2, (4, 4), 0.75).flatten(1).sum(1)
@@ -70,7 +70,7 @@ def block_mask(
 
     Raises:
         ValueError: `batch`, `grid` or `mask_ratio` out of range.
-        TypeError: `batch` or `grid` is not made of ints.
+        TypeError: `batch` or `grid` is not made of ints, or `mask_ratio` is no number.
 
     Example:
         >>> block_mask(2, (4, 4), 0.5).flatten(1).sum(1)
@@ -113,7 +113,7 @@ def grid_mask(
 
     Raises:
         ValueError: `batch`, `grid` or `mask_ratio` out of range.
-        TypeError: `batch` or `grid` is not made of ints.
+        TypeError: `batch` or `grid` is not made of ints, or `mask_ratio` is no number.
 
     Example:
         >>> grid_mask(1, (4, 4), 0.75).view(2, 2, 2, 2).sum((1, 3))
@@ -140,6 +140,8 @@ def _count_hidden(batch: int, grid: tuple[int, int], mask_ratio: float) -> int:
         raise TypeError(f"grid is {grid!r}; expected (gh, gw), two ints.")
     if len(grid) != 2 or min(grid) < 1:
         raise ValueError(f"grid is {tuple(grid)}; expected (gh, gw), two positive numbers.")
+    if not isinstance(mask_ratio, (int, float)):
+        raise TypeError(f"mask_ratio is {mask_ratio!r}; expected a number, the share of the cells to hide.")
     if not 0 <= mask_ratio <= 1:  # NaN fails too
         raise ValueError(f"mask_ratio is {mask_ratio}; expected a share of the cells between 0 and 1.")
     cells = grid[0] * grid[1]

@@ -159,17 +159,27 @@ class PackedFeatures:
         """
         return PackedFeatures(values, self.plan, self.size_hw if size is None else size, self.channels_last)
 
-    def to_dense(self, fill: float = 0.0) -> Tensor:
+    def to_dense(self, fill: float | Tensor = 0.0) -> Tensor:
         """Returns the dense map.
 
         Args:
-            fill: value of hidden positions.
+            fill: value of hidden positions: a number, or ``(C,)`` such as a mask token, which then gets a gradient.
 
         Returns:
             ``(B, C, H, W)``, or ``(B, H, W, C)`` after a permutation to channels last.
+
+        Raises:
+            ValueError: a tensor `fill` of another shape.
         """
         (gh, gw), (ch, cw), channels = self.plan.grid, self.cell, self.values.shape[1]
-        blocks = self.values.new_full((self.plan.batch * gh * gw, ch * cw * channels), fill)
+        if isinstance(fill, Tensor):
+            if fill.shape != (channels,):
+                raise ValueError(
+                    f"fill has shape {tuple(fill.shape)}; expected a number or ({channels},), a channel each."
+                )
+            blocks = fill.to(self.values).repeat(self.plan.batch * gh * gw, ch * cw)
+        else:
+            blocks = self.values.new_full((self.plan.batch * gh * gw, ch * cw * channels), fill)
         blocks = blocks.index_copy(0, self.plan.cells, self.values.reshape(self.plan.num_cells, -1))
         dense = blocks.view(self.plan.batch, gh, gw, ch, cw, channels).permute(0, 1, 3, 2, 4, 5)
         dense = dense.reshape(self.plan.batch, gh * ch, gw * cw, channels)  # (B, H, W, C)
@@ -252,7 +262,10 @@ class PackedFeatures:
     def _require_spatial(self, name: str, dim: Any) -> None:
         spatial = (1, 2) if self.channels_last else (2, 3)
         if not isinstance(dim, (tuple, list)) or tuple(sorted(d % 4 for d in dim)) != spatial:
-            raise self._unsupported(f"{name} over dim={dim}")
+            raise TypeError(
+                f"{name} over dim={dim} is not supported on PackedFeatures of shape {tuple(self.shape)}{where()}; take "
+                f"both spatial dimensions at once, dim={spatial}, for the visible positions of each image."
+            )
 
     def permute(self, *dims: Any) -> PackedFeatures:
         """Switches between ``(B, C, H, W)`` and ``(B, H, W, C)``; the rows stay as they are.
@@ -299,22 +312,6 @@ class PackedFeatures:
             )
         return self.with_values(values)
 
-    def float(self) -> PackedFeatures:
-        """Casts to float32."""
-        return self.to(torch.float32)
-
-    def half(self) -> PackedFeatures:
-        """Casts to float16."""
-        return self.to(torch.float16)
-
-    def bfloat16(self) -> PackedFeatures:
-        """Casts to bfloat16."""
-        return self.to(torch.bfloat16)
-
-    def double(self) -> PackedFeatures:
-        """Casts to float64."""
-        return self.to(torch.float64)
-
     def type_as(self, other: Tensor | PackedFeatures) -> PackedFeatures:
         """Casts to the dtype of another tensor or packed map.
 
@@ -322,14 +319,6 @@ class PackedFeatures:
             other: whose dtype to take.
         """
         return self.to(other.dtype)
-
-    def detach(self) -> PackedFeatures:
-        """Cuts the graph."""
-        return self.with_values(self.values.detach())
-
-    def clone(self) -> PackedFeatures:
-        """Copies the values."""
-        return self.with_values(self.values.clone())
 
     def new_empty(self, *args: Any, **kwargs: Any) -> Tensor:
         """Returns an ordinary tensor with this map's dtype and device, as `torch.Tensor.new_empty`.
@@ -367,8 +356,7 @@ class PackedFeatures:
     def __add__(self, other: Any) -> PackedFeatures:
         return _functions.add(self, other)
 
-    def __radd__(self, other: Any) -> PackedFeatures:
-        return _functions.add(self, other)
+    __radd__ = __add__
 
     def __sub__(self, other: Any) -> PackedFeatures:
         return _functions.sub(self, other)
@@ -379,11 +367,16 @@ class PackedFeatures:
     def __mul__(self, other: Any) -> PackedFeatures:
         return _functions.mul(self, other)
 
-    def __rmul__(self, other: Any) -> PackedFeatures:
-        return _functions.mul(self, other)
+    __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> PackedFeatures:
         return _functions.div(self, other)
+
+    def __rtruediv__(self, other: Any) -> PackedFeatures:
+        return self.with_values(other / self.values)
+
+    def __pow__(self, exponent: Any) -> PackedFeatures:
+        return _functions.pow(self, exponent)
 
     # As for tensors, an augmented assignment changes the rows that other names may hold.
     def __iadd__(self, other: Any) -> PackedFeatures:

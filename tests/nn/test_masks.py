@@ -92,6 +92,7 @@ def test_block_mask_varies_place_and_shape():
         ((1, (2, 0), 0.5), ValueError, r"grid is \(2, 0\)"),
         ((1, (2, 2, 2), 0.5), ValueError, "grid is"),
         ((1, 4, 0.5), TypeError, "grid is 4"),
+        ((1, (2, 2), "0.5"), TypeError, "mask_ratio is '0.5'; expected a number"),
         ((1, (2.0, 2), 0.5), TypeError, "grid is"),
         ((1, (2, 2), -0.1), ValueError, "mask_ratio is -0.1"),
         ((1, (2, 2), 1.1), ValueError, "mask_ratio is 1.1"),

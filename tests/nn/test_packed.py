@@ -47,6 +47,16 @@ def test_pack_and_to_dense_are_inverse(visible, cell, channels):
     assert packed.values.shape == (int(seen.sum()), channels)
 
 
+def test_hidden_positions_may_be_filled_with_a_token():
+    token = torch.arange(1.0, CHANNELS + 1, dtype=torch.float64).requires_grad_()
+    filled = pack(dense(), VISIBLE).to_dense(fill=token)
+    assert torch.equal(filled, torch.where(SEEN.bool(), dense(), token[:, None, None]))
+    filled.sum().backward()
+    assert (token.grad == (1 - SEEN).sum()).all()
+    last = pack(dense(), VISIBLE).permute(0, 2, 3, 1).to_dense(fill=token)
+    assert torch.equal(last.permute(0, 3, 1, 2), filled)
+
+
 def test_rows_follow_cells_in_reading_order_then_pixels():
     x = torch.arange(32.0).view(2, 1, 4, 4)
     visible = torch.tensor([[[False, True], [False, False]], [[True, False], [False, True]]])
@@ -140,6 +150,7 @@ POINTWISE = {
     "ones_like": torch.ones_like,
     "relu_module": nn.ReLU(inplace=True),
     "method": lambda x: x.sigmoid().mul(2).add(1),
+    "power": lambda x: x**2 + 1 / (x * x + 1),
     "in_place": lambda x: x.clone().mul_(2).add_(1).clamp_(max=2),
     "augmented_assignment": lambda x: add_twice(x),
 }
@@ -302,6 +313,8 @@ BELONG = "do not belong together; both need the same mask"
         (lambda x: x.chunk(2), TypeError, "chunk along dim=0 is not supported"),
         (lambda x: torch.split(x, 2, 2), TypeError, "split along dim=2 is not supported"),
         (lambda x: x.mean(), TypeError, "mean over dim=None is not supported"),
+        (lambda x: x.mean(3).mean(2), TypeError, r"take both spatial dimensions at once, dim=\(2, 3\)"),
+        (lambda x: x.to_dense(fill=torch.zeros(3)), ValueError, r"fill has shape \(3,\); expected a number or \(4,\)"),
         (lambda x: x.mean(1), TypeError, "mean over dim=1 is not supported"),
         (lambda x: x.amax((1, 2)), TypeError, r"amax over dim=\(1, 2\) is not supported"),
         (lambda x: x.norm(p=1, dim=(2, 3)), TypeError, "norm with p=1 is not supported"),

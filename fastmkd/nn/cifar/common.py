@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CifarNet", "conv_norm"]
+__all__ = ["CifarNet", "conv_norm", "stage"]
 
 
 class CifarNet(nn.Module):
@@ -76,3 +78,23 @@ def conv_norm(
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
     layers = [conv, nn.BatchNorm2d(out_channels)]
     return nn.Sequential(*layers, nn.ReLU(inplace=True)) if act else nn.Sequential(*layers)
+
+
+def stage(
+    block: Callable[[int, int, int], nn.Module], in_channels: int, out_channels: int, stride: int, count: int
+) -> nn.Sequential:
+    """Returns `count` residual blocks, of which the first changes width and resolution.
+
+    Args:
+        block: makes a block of input channels, output channels and stride.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: of the first block.
+        count: number of blocks, at least 1.
+
+    Example:
+        >>> len(stage(lambda *_: nn.Identity(), 16, 32, 2, 3))
+        3
+    """
+    first = block(in_channels, out_channels, stride)
+    return nn.Sequential(first, *(block(out_channels, out_channels, 1) for _ in range(count - 1)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .common import CifarNet, conv_norm
+from .common import CifarNet, conv_norm, stage
 
 __all__ = ["ResNet", "resnet20", "resnet32", "resnet56", "resnet110"]
 
@@ -57,9 +57,9 @@ class ResNet(CifarNet):
             raise ValueError(f"depth is {depth}; a CIFAR ResNet has 6 n + 2 layers, such as 20, 32, 56 or 110.")
         blocks = (depth - 2) // 6
         self.stem = conv_norm(3, 16, 3)
-        self.layer1 = self._stage(16, 16, 1, blocks)
-        self.layer2 = self._stage(16, 32, 2, blocks)
-        self.layer3 = self._stage(32, 64, 2, blocks)
+        self.layer1 = stage(BasicBlock, 16, 16, 1, blocks)
+        self.layer2 = stage(BasicBlock, 16, 32, 2, blocks)
+        self.layer3 = stage(BasicBlock, 32, 64, 2, blocks)
         self.initialise()
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -70,11 +70,6 @@ class ResNet(CifarNet):
         """
         out: Tensor = self.layer3(self.layer2(self.layer1(self.stem(x))))
         return out
-
-    @staticmethod
-    def _stage(in_channels: int, out_channels: int, stride: int, blocks: int) -> nn.Sequential:
-        first = BasicBlock(in_channels, out_channels, stride)
-        return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
 def resnet20(num_classes: int = 100) -> ResNet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .common import CifarNet
+from .common import CifarNet, stage
 
 __all__ = ["WideResNet", "wrn_16_2", "wrn_40_1", "wrn_40_2"]
 
@@ -62,9 +62,9 @@ class WideResNet(CifarNet):
             raise ValueError(f"depth is {depth}; a Wide ResNet has 6 n + 4 layers, such as 16, 28 or 40.")
         blocks = (depth - 4) // 6
         self.stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.layer1 = self._stage(16, 16 * width, 1, blocks)
-        self.layer2 = self._stage(16 * width, 32 * width, 2, blocks)
-        self.layer3 = self._stage(32 * width, 64 * width, 2, blocks)
+        self.layer1 = stage(PreActBlock, 16, 16 * width, 1, blocks)
+        self.layer2 = stage(PreActBlock, 16 * width, 32 * width, 2, blocks)
+        self.layer3 = stage(PreActBlock, 32 * width, 64 * width, 2, blocks)
         self.norm = nn.BatchNorm2d(64 * width)
         self.relu = nn.ReLU(inplace=True)
         self.initialise()
@@ -77,11 +77,6 @@ class WideResNet(CifarNet):
         """
         out: Tensor = self.relu(self.norm(self.layer3(self.layer2(self.layer1(self.stem(x))))))
         return out
-
-    @staticmethod
-    def _stage(in_channels: int, out_channels: int, stride: int, blocks: int) -> nn.Sequential:
-        first = PreActBlock(in_channels, out_channels, stride)
-        return nn.Sequential(first, *(PreActBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
 def wrn_16_2(num_classes: int = 100) -> WideResNet:
