@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastmkd.ops import choice
 from fastmkd.ops.accuracy import upcast
+from fastmkd.ops.arguments import lead, tensors
 from fastmkd.ops.registry import OPS, Op, Sample
 
 from .registry import DTYPES, Answer, Benchmark, Case, Setting, Variant
@@ -42,7 +42,7 @@ def op_variants(op: Op, args: tuple[Any, ...], setting: Setting) -> list[Variant
     """
     cost = op.cost(*args)
     answer = Answer(lambda: op.reference(*upcast(args)), cost.flops, cost.bytes)
-    device, dtype = setting.device.type, _lead(args).dtype
+    device, dtype = setting.device.type, lead(args).dtype
     variants = [Variant("eager", lambda: op.reference(*args), answer, plain=True)]
     if not setting.quick:
         variants.append(compiled("torch.compile", op.reference, args, answer))
@@ -61,9 +61,9 @@ def op_params(op: Op, args: tuple[Any, ...]) -> dict[str, Any]:
     """What a record says of an op's arguments; `fastmkd.bench.tables` reads it."""
     return {
         "op": op.name,
-        "op_dtype": str(_lead(args).dtype).removeprefix("torch."),
+        "op_dtype": str(lead(args).dtype).removeprefix("torch."),
         "size_class": choice.size_class(args),
-        "shapes": [list(a.shape) for a in args if isinstance(a, Tensor)],
+        "shapes": [list(t.shape) for t in tensors(args)],
     }
 
 
@@ -100,12 +100,8 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], A
     return lambda: function(*args)
 
 
-def _lead(args: tuple[Any, ...]) -> Tensor:
-    return next(a for a in args if isinstance(a, Tensor))
-
-
 def _size(args: tuple[Any, ...]) -> int:
-    return sum(a.numel() for a in args if isinstance(a, Tensor))
+    return sum(t.numel() for t in tensors(args))
 
 
 def _largest(op: Op, setting: Setting) -> list[Sample]:

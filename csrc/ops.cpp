@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastmkd_native, m) {
+  m.def("centred_gram(Tensor[] features) -> Tensor");
   m.def("cls_saliency(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool include_prefix) -> Tensor");
   m.def("select_tokens(Tensor saliency, int k, int grid_h, int grid_w, int target_h, int target_w) -> Tensor");
   m.def(

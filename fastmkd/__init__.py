@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import show_config
     from .methods import DistillOutput, MaskedKD, Supervised
+    from .metrics import MinibatchCKA, cka_matrix, compare, hsic1
     from .nn import (
         MaskedConv2d,
         MaskedViT,
@@ -33,12 +34,16 @@ _HOME = {
     "MaskedConv2d": "nn",
     "MaskedKD": "methods",
     "MaskedViT": "nn",
+    "MinibatchCKA": "metrics",
     "PackedFeatures": "nn",
     "Supervised": "methods",
     "backend": "ops.choice",
     "block_mask": "nn",
+    "cka_matrix": "metrics",
+    "compare": "metrics",
     "convert_cnn": "nn",
     "grid_mask": "nn",
+    "hsic1": "metrics",
     "pack": "nn",
     "random_mask": "nn",
     "revert_cnn": "nn",
@@ -52,13 +57,17 @@ __all__ = [
     "MaskedConv2d",
     "MaskedKD",
     "MaskedViT",
+    "MinibatchCKA",
     "PackedFeatures",
     "Supervised",
     "__version__",
     "backend",
     "block_mask",
+    "cka_matrix",
+    "compare",
     "convert_cnn",
     "grid_mask",
+    "hsic1",
     "pack",
     "random_mask",
     "revert_cnn",

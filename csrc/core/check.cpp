@@ -253,9 +253,9 @@ std::vector<float> random_floats(int64_t count, unsigned seed) {
   return values;
 }
 
-// Error relative to the largest element; sums of products of normal variates in float32.
-Outcome judge(const std::vector<float>& got, const std::vector<double>& want) {
-  double worst = 0, largest = 1;
+// Error relative to the largest element, or to `largest`; sums of products of normal variates in float32.
+Outcome judge(const std::vector<float>& got, const std::vector<double>& want, double largest = 1) {
+  double worst = 0;
   for (size_t i = 0; i < want.size(); ++i) {
     if (std::isnan(got[i])) return {false, text("element ", i, " was not written")};
     worst = std::max(worst, std::fabs(got[i] - want[i]));
@@ -338,6 +338,34 @@ Outcome masked_conv2d_weight(const Kernels& kernels, const ConvShape& shape) {
                                                                                                plan.reduce_units);
   }
   return judge(out, reference::masked_conv2d_weight(args));
+}
+
+Outcome centred_gram(const Kernels& kernels, DType dtype, const GramShape& shape) {
+  std::vector<Bytes> features;
+  std::vector<GramLayer> layers;
+  for (int64_t width : {shape.width, 3 * shape.width}) {
+    const int64_t stride = width + shape.padding;
+    Bytes values = random_values(dtype, shape.batch * stride, 14);
+    for (int64_t i = 0; i < shape.batch * stride; ++i) {
+      reference::encode(dtype, reference::decode(dtype, values.data(), i) + 8, values.data(), i);
+    }
+    features.push_back(std::move(values));
+    layers.push_back({features.back().data(), stride, width});
+  }
+  GramArgs args{};
+  args.dtype = dtype;
+  args.layers = layers.data();
+  args.num_layers = static_cast<int64_t>(layers.size());
+  args.batch = shape.batch;
+  std::vector<float> out(as_size(args.num_layers * shape.batch * shape.batch), kNaN);
+  args.out = out.data();
+  const ConvPlan plan = kernels.centred_gram_plan(args);
+  std::vector<float> sums(as_size(plan.sums), kNaN), scratch(as_size(plan.scratch), kNaN);
+  args.sums = sums.data();
+  run_units(kernels.centred_gram, args, plan);
+  for (int64_t i = plan.reduce_units; i-- > 0;) kernels.centred_gram_reduce(args, i, i + 1, scratch.data());
+  // Centring takes off what all images share: errors are relative to what was summed, not to what is left.
+  return judge(out, reference::centred_gram(args), 4.0 * static_cast<double>(shape.width));
 }
 
 }  // namespace fastmkd::check

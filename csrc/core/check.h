@@ -28,6 +28,10 @@ struct ConvShape {
   int64_t n_in, n_out, cin, cout, groups, taps;
 };
 
+struct GramShape {
+  int64_t batch, width, padding;  // the second layer has 3 * width features; padding lies between rows
+};
+
 enum class WeightLayout { contiguous, channels_last, transposed };
 
 Outcome cls_saliency(const Kernels& kernels, DType dtype, const SaliencyShape& shape, bool include_prefix);
@@ -46,5 +50,8 @@ Outcome prefill(const Kernels& kernels);
 // Forward with and without bias; a third of the taps are absent, and row 0 has none.
 Outcome masked_conv2d(const Kernels& kernels, DType weight_dtype, const ConvShape& shape, WeightLayout layout);
 Outcome masked_conv2d_weight(const Kernels& kernels, const ConvShape& shape);
+
+// Two layers far from zero.
+Outcome centred_gram(const Kernels& kernels, DType dtype, const GramShape& shape);
 
 }  // namespace fastmkd::check

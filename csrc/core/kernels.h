@@ -75,7 +75,21 @@ struct MaskedConvWeightArgs {
   float* out;   // (cout, cin / groups, num_taps)
 };
 
-// How a convolution is cut for this instruction set; a function of the shapes alone.
+// U-centred Gram matrices of layers of different widths over the same images.
+struct GramLayer {
+  const void* features;  // (batch, width), last dimension contiguous
+  int64_t stride;        // of a row, in elements
+  int64_t width;
+};
+struct GramArgs {
+  DType dtype;  // f32, bf16 or f16
+  const GramLayer* layers;
+  int64_t num_layers, batch;  // batch >= 4
+  float* sums;                // scratch that all units share
+  float* out;                 // (num_layers, batch, batch)
+};
+
+// How a convolution or a Gram is cut for this instruction set; a function of the shapes alone.
 struct ConvPlan {
   int64_t units;         // independent work items
   int64_t scratch;       // floats that each thread needs
@@ -131,6 +145,10 @@ struct Kernels {
   ConvPlan (*masked_depthwise_weight_plan)(const MaskedConvWeightArgs& args);
   void (*masked_depthwise_weight)(const MaskedConvWeightArgs& args, int64_t begin, int64_t end, float* scratch);
   void (*masked_depthwise_weight_reduce)(const MaskedConvWeightArgs& args, int64_t begin, int64_t end);
+  // Units [begin, end) of the plan, and once all are done the second pass, whose units are layers.
+  ConvPlan (*centred_gram_plan)(const GramArgs& args);
+  void (*centred_gram)(const GramArgs& args, int64_t begin, int64_t end, float* scratch);
+  void (*centred_gram_reduce)(const GramArgs& args, int64_t begin, int64_t end, float* scratch);
 };
 
 #define FASTMKD_DECLARE_KERNELS(isa)                                                                          \
@@ -152,6 +170,9 @@ struct Kernels {
   ConvPlan masked_depthwise_weight_plan(const MaskedConvWeightArgs& args);                                    \
   void masked_depthwise_weight(const MaskedConvWeightArgs& args, int64_t begin, int64_t end, float* scratch); \
   void masked_depthwise_weight_reduce(const MaskedConvWeightArgs& args, int64_t begin, int64_t end);          \
+  ConvPlan centred_gram_plan(const GramArgs& args);                                                           \
+  void centred_gram(const GramArgs& args, int64_t begin, int64_t end, float* scratch);                        \
+  void centred_gram_reduce(const GramArgs& args, int64_t begin, int64_t end, float* scratch);                 \
   }
 
 #define FASTMKD_KERNEL_TABLE(isa)                                                                                     \
@@ -162,7 +183,8 @@ struct Kernels {
         ::fastmkd::isa::masked_conv2d_weight, ::fastmkd::isa::masked_conv2d_weight_reduce,                            \
         ::fastmkd::isa::masked_depthwise_plan, ::fastmkd::isa::masked_depthwise,                                      \
         ::fastmkd::isa::masked_depthwise_weight_plan, ::fastmkd::isa::masked_depthwise_weight,                        \
-        ::fastmkd::isa::masked_depthwise_weight_reduce                                                                \
+        ::fastmkd::isa::masked_depthwise_weight_reduce, ::fastmkd::isa::centred_gram_plan,                            \
+        ::fastmkd::isa::centred_gram, ::fastmkd::isa::centred_gram_reduce                                             \
   }
 
 }  // namespace fastmkd

@@ -207,6 +207,36 @@ std::vector<double> gather_patches(const PatchArgs& args, int64_t batch) {
   return rows;
 }
 
+std::vector<double> centred_gram(const GramArgs& args) {
+  const int64_t n = args.batch;
+  std::vector<double> out;
+  for (int64_t index = 0; index < args.num_layers; ++index) {
+    const GramLayer& layer = args.layers[index];
+    std::vector<double> gram(static_cast<size_t>(n * n)), sums(static_cast<size_t>(n));
+    const auto at = [&](int64_t i, int64_t j) -> double& { return gram[static_cast<size_t>(i * n + j)]; };
+    double total = 0.0;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        for (int64_t k = 0; k < layer.width && i != j; ++k) {
+          at(i, j) += decode(args.dtype, layer.features, i * layer.stride + k) *
+                      decode(args.dtype, layer.features, j * layer.stride + k);
+        }
+        sums[static_cast<size_t>(i)] += at(i, j);
+      }
+      total += sums[static_cast<size_t>(i)];
+    }
+    const auto m = static_cast<double>(n);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        const double rows = sums[static_cast<size_t>(i)] + sums[static_cast<size_t>(j)];
+        at(i, j) = i == j ? 0.0 : at(i, j) - rows / (m - 2) + total / ((m - 1) * (m - 2));
+      }
+    }
+    out.insert(out.end(), gram.begin(), gram.end());
+  }
+  return out;
+}
+
 namespace {
 
 // Calls fn(o, n, out_channel, in_channel of the group, tap) for every product of a masked convolution.

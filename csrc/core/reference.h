@@ -22,6 +22,9 @@ std::vector<int64_t> select_tokens(const SelectTokensArgs& args, int64_t batch);
 // (batch * kept, channels * patch_h * patch_w)
 std::vector<double> gather_patches(const PatchArgs& args, int64_t batch);
 
+// (num_layers, batch, batch)
+std::vector<double> centred_gram(const GramArgs& args);
+
 // (n_out, cout)
 std::vector<double> masked_conv2d(const MaskedConvArgs& args);
 

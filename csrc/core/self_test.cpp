@@ -22,6 +22,7 @@ std::vector<SelfTestResult> self_test() {
       for (bool include_prefix : {false, true}) {
         record(isa, "cls_saliency", check::cls_saliency(table, dtype, {2, 3, 2, 50, 36}, include_prefix));
       }
+      record(isa, "centred_gram", check::centred_gram(table, dtype, {37, 150, 3}));
       record(isa, "gather_patches", check::gather_patches(table, dtype, {2, 3, 24, 30, 6, 5, 4}));
     }
     for (const check::ConvShape& shape :

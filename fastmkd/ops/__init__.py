@@ -1,5 +1,6 @@
 """The ops: one file each, declared through `fastmkd.ops.registry`; importing this package registers them."""
 
+from .centred_gram import centred_gram
 from .cls_saliency import cls_saliency
 from .masked_conv2d import masked_conv2d
 from .masked_conv2d_weight import masked_conv2d_weight
@@ -9,6 +10,7 @@ from .select_tokens import select_tokens
 
 __all__ = [
     "OPS",
+    "centred_gram",
     "cls_saliency",
     "get_op",
     "masked_conv2d",

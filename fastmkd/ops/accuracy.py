@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import map_tensors
+
 __all__ = ["FLOOR_EPS", "Verdict", "judge", "upcast"]
 
 FLOOR_EPS = 4  # the floor, in units in the last place of the largest reference value
@@ -29,7 +31,7 @@ class Verdict:
 
 def upcast(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same arguments with every floating-point tensor in float64."""
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, args)
 
 
 def judge(out: Tensor, exact: Tensor, plain: Tensor) -> Verdict:

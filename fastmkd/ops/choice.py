@@ -20,9 +20,9 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from . import cache
+from .arguments import lead, tensors
 
 if TYPE_CHECKING:
     from .registry import Backend, Op
@@ -71,12 +71,12 @@ def backend(name: str) -> Iterator[None]:
 
 def choose(op: Op, args: tuple[Any, ...]) -> Backend:
     """Returns the backend that is to run `op` on `args`, which have passed the op's checks."""
-    lead = next(a for a in args if isinstance(a, Tensor))
-    device, dtype = lead.device.type, lead.dtype
+    first = lead(args)
+    device, dtype = first.device.type, first.dtype
     name = _forced.get()
     if name != "auto" and name in op.backends:
         return _usable(op, name, device, dtype)
-    key = (cache.device_name(lead.device), op.name, str(dtype).removeprefix("torch."), size_class(args))
+    key = (cache.device_name(first.device), op.name, str(dtype).removeprefix("torch."), size_class(args))
     if key not in _chosen:
         if _capturing(device):
             return candidates(op, device, dtype)[0]
@@ -92,7 +92,7 @@ def candidates(op: Op, device: str, dtype: torch.dtype) -> list[Backend]:
 
 def size_class(args: tuple[Any, ...]) -> str:
     """Size of the largest tensor as a power of four of its elements: ``"4^7"`` for 16,384 to 65,535."""
-    elements = max(a.numel() for a in args if isinstance(a, Tensor))
+    elements = max(t.numel() for t in tensors(args))
     return f"4^{max(elements, 1).bit_length() // 2}"
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import choice, ranges
+from .arguments import lead
 
 __all__ = ["OPS", "Backend", "BadInput", "Cost", "Op", "Sample", "declare", "get_op"]
 
@@ -116,7 +117,7 @@ class Op:
             for condition, sentence in self.check_values(*args):
                 _assert_values(condition, sentence)
         # The caller has settled the dtypes; autocast would lower them again inside the reference.
-        with torch.autocast(args[0].device.type, enabled=False), ranges.annotate(self.name):
+        with torch.autocast(lead(args).device.type, enabled=False), ranges.annotate(self.name):
             return choice.choose(self, args).run(*args)
 
 

@@ -10,9 +10,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from . import cache
+from .arguments import lead
 
 if TYPE_CHECKING:
     from .registry import Backend, Op
@@ -22,7 +22,7 @@ __all__ = ["trusted", "verify", "verify_all"]
 
 def trusted(op: Op, candidate: Backend, args: tuple[Any, ...]) -> bool:
     """True when `candidate` may run: no GPU kernel, or a record vouches for it, or its samples came out right here."""
-    device = next(a for a in args if isinstance(a, Tensor)).device
+    device = lead(args).device
     if device.type == "cpu" or candidate.name == "eager":
         return True
     name, pair = cache.device_name(device), f"{op.name}/{candidate.name}"

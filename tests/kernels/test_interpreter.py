@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(("file", "at_least"), [("test_numerics.py", 100), ("test_masked_numerics.py", 60)])
+@pytest.mark.parametrize(
+    ("file", "at_least"),
+    [("test_numerics.py", 100), ("test_masked_numerics.py", 60), ("test_gram_numerics.py", 24)],
+)
 def test_numerics_under_the_interpreter(file: str, at_least: int) -> None:
     pytest.importorskip("triton")
     numerics = Path(__file__).with_name(file)

@@ -90,6 +90,20 @@ void test_kernels(Isa isa) {
   expect(check::prefill(table), name + "prefill");
 }
 
+void test_centred_gram(Isa isa) {
+  const Kernels& table = kernels(isa);
+  // The least batch, one feature, odd widths, several panels, several parts of a layer.
+  for (const check::GramShape& shape :
+       {check::GramShape{4, 1, 0}, check::GramShape{5, 17, 2}, check::GramShape{33, 129, 1},
+        check::GramShape{64, 48, 0}, check::GramShape{97, 200, 5}, check::GramShape{9, 9000, 0}}) {
+    for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      expect(check::centred_gram(table, dtype, shape), std::string(isa_name(isa)) + " centred_gram of " +
+                                                           std::to_string(shape.batch) + " x " +
+                                                           std::to_string(shape.width));
+    }
+  }
+}
+
 void test_masked_convolutions(Isa isa) {
   const Kernels& table = kernels(isa);
   // Several blocks of rows, several panels, narrow inputs, odd widths, grouped, depthwise, one row.
@@ -134,6 +148,7 @@ int main() {
   test_isa_environment();
   test_isa_override();
   for (Isa isa : available_isas()) test_kernels(isa);
+  for (Isa isa : available_isas()) test_centred_gram(isa);
   for (Isa isa : available_isas()) test_masked_convolutions(isa);
   for (const SelfTestResult& result : self_test()) expect(result.ok, "self_test " + result.name + ": " + result.detail);
   test_threads();

@@ -10,6 +10,7 @@ import torch
 
 import fastmkd
 from fastmkd.ops import OPS
+from fastmkd.ops.arguments import map_tensors, tensors
 from fastmkd.ops.check import check_sample
 from fastmkd.ops.choice import BackendUnavailableError
 from fastmkd.ops.registry import FLOATS, Backend, BadInput, Op, Sample
@@ -69,17 +70,22 @@ def _float64_samples(device: str) -> list[Any]:
     ]
 
 
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_()
+
+
 @pytest.mark.parametrize(("op", "sample"), _float64_samples("cpu"))
 def test_gradcheck(op: Op, sample: Sample) -> None:
     args = list(sample.args)
     wanted = [i for i in sample.grad if args[i] is not None]
 
-    def call(*tensors: torch.Tensor) -> torch.Tensor:
-        for i, tensor in zip(wanted, tensors, strict=True):
-            args[i] = tensor
+    def call(*leaves: torch.Tensor) -> torch.Tensor:
+        rest = iter(leaves)
+        for i in wanted:
+            (args[i],) = map_tensors(lambda _: next(rest), (args[i],))
         return op.entry(*args)
 
-    inputs = [args[i].detach().clone().requires_grad_() for i in wanted]
+    inputs = [_leaf(t) for i in wanted for t in tensors((args[i],))]
     assert torch.autograd.gradcheck(call, inputs, fast_mode=sum(t.numel() for t in inputs) > 400)
 
 
@@ -87,10 +93,7 @@ def test_gradcheck(op: Op, sample: Sample) -> None:
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_opcheck(name: str, device: str) -> None:
     for sample in OPS[name].samples(device, torch.float32)[:4]:
-        args = [
-            a.detach().clone().requires_grad_() if i in sample.grad and a is not None else a
-            for i, a in enumerate(sample.args)
-        ]
+        args = [map_tensors(_leaf, (a,))[0] if i in sample.grad else a for i, a in enumerate(sample.args)]
         torch.library.opcheck(OPS[name].entry, args)
 
 

@@ -1,0 +1,154 @@
+"""compare(): hooks, freed activations, modes, names, and what it refuses."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastmkd
+from fastmkd.metrics.comparison import layer_names
+
+
+class TinyNet(nn.Module):
+    """A stem, two stages of blocks, a head."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU()) for _ in range(2))
+        self.head = nn.Linear(width, 4)
+        self.forwards = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.forwards += 1
+        x = self.stem(images)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x.mean((2, 3)))
+
+
+def batches(*sizes: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 3, 8, 8, generator=g) for size in sizes]
+
+
+def features(model: nn.Module, names: list[str], images: Tensor) -> list[Tensor]:
+    kept: list[Tensor] = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda m, i, out: kept.append(out.detach().clone()))
+        for name in names
+    ]
+    with torch.no_grad():
+        model.eval()(images)
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
+def test_equals_cka_of_collected_features() -> None:
+    torch.manual_seed(0)
+    a, b, data = TinyNet(), TinyNet(9), batches(16, 16, 7)
+    names = ["stem.0", "stages.0", "stages.1", "head"]
+    found = fastmkd.compare(a, b, [(x, torch.zeros(len(x))) for x in data], names)
+    acc = fastmkd.MinibatchCKA()
+    # stem.0 is overwritten by the ReLU after it: its Gram must be made before that.
+    single = [acc.update(features(a, names, x), features(b, names, x)) for x in data]
+    torch.testing.assert_close(found.cka, acc.compute())
+    torch.testing.assert_close(found.per_batch, torch.stack(single))
+    assert found.names_a == found.names_b == names
+
+
+def test_activations_are_freed_while_the_network_runs() -> None:
+    model = nn.Sequential(*[nn.Linear(5, 5) for _ in range(6)])
+    alive: list[Any] = []
+    most = 0
+
+    def watch(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal most
+        alive.append(weakref.ref(output))
+        most = max(most, sum(ref() is not None for ref in alive))
+
+    with_hooks = [str(i) for i in range(6)]
+    for layer in model:
+        layer.register_forward_hook(watch)
+    fastmkd.compare(model, model, [torch.randn(8, 5)] * 2, with_hooks)
+    assert len(alive) == 12
+    assert most <= 2, "the output of a layer outlived the next layer"
+
+
+def test_same_network_runs_once_and_modes_and_hooks_come_back() -> None:
+    model = TinyNet()
+    model.stem.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    running = model.stem[1].running_mean.clone()
+    found = fastmkd.compare(model, model, batches(8, 8), (["stem"], ["stages.*", "stem"]))
+    assert found.cka.shape == (1, 3)
+    assert model.forwards == 2
+    torch.testing.assert_close(found.cka[0, 2], torch.tensor(1.0, dtype=torch.float64))
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert torch.equal(model.stem[1].running_mean, running)
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(RuntimeError):
+        fastmkd.compare(model, model, [torch.randn(8, 1, 8, 8)], ["stem"])
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model.training
+
+
+def test_small_batches_are_left_out_with_a_warning() -> None:
+    model = TinyNet()
+    with pytest.warns(RuntimeWarning, match="3 images came in batches of fewer than 4"):
+        found = fastmkd.compare(model, model, batches(8, 3), ["stem"])
+    assert found.per_batch.shape == (1, 1, 1)
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="no minibatch"):
+        fastmkd.compare(model, model, batches(3), ["stem"])
+
+
+def test_layer_names() -> None:
+    import timm
+
+    resnet = timm.create_model("resnet18", num_classes=2)
+    assert layer_names(resnet) == [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert layer_names(resnet, ["layer*.1", "conv1"]) == [*(f"layer{i}.1" for i in (1, 2, 3, 4)), "conv1"]
+    assert layer_names(TinyNet()) == ["stem.0", "stem.1", "stem.2", "stages.0", "stages.1"]
+    with pytest.raises(ValueError, match=r"model_a has no module 'stage.0'; modules with like names are stages.0"):
+        fastmkd.compare(TinyNet(), TinyNet(), [], ["stage.0"])
+    with pytest.raises(TypeError, match="the string 'stem'"):
+        fastmkd.compare(TinyNet(), TinyNet(), [], "stem")
+    with pytest.raises(ValueError, match="no blocks"):
+        layer_names(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="is empty"):
+        layer_names(TinyNet(), [])
+
+
+class Odd(nn.Module):
+    """Runs one layer twice, one never, and one that returns a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.never, self.table = nn.Linear(3, 3), nn.Linear(3, 3), Table()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(self.twice(self.twice(x)))["x"]
+
+
+class Table(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"x": x}
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "said"),
+    [
+        ("twice", ValueError, "'twice' runs more than once"),
+        ("never", ValueError, "'never' did not run"),
+        ("table", TypeError, "'table' returns dict"),
+    ],
+)
+def test_layers_that_cannot_be_compared(layer: str, error: type[Exception], said: str) -> None:
+    model = Odd()
+    with pytest.raises(error, match=said):
+        fastmkd.compare(model, model, [torch.randn(8, 3)], [layer])
