@@ -9,11 +9,13 @@
 namespace {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 12;  // 24 of 32 registers hold sums
+constexpr int kSums = 24;  // registers of a tile that hold sums, of 32
+constexpr int kWide = 4;   // vectors of a wide panel
 #else
-constexpr int kTileRows = 6;  // 12 of 16
+constexpr int kSums = 12;  // of 16
+constexpr int kWide = 2;
 #endif
-constexpr int64_t kColumns = 2 * kLanes;  // output channels of a panel
+constexpr int64_t kColumns = 2 * kLanes;  // output channels of a panel that is not wide
 
 // Below this many input channels a tap is too short a product: the taps of a row are gathered side by side instead.
 constexpr int64_t kNarrow = 16;
@@ -50,47 +52,47 @@ inline Share share(int64_t count, int64_t index, int64_t parts) {
   return {count * index / parts, count * (index + 1) / parts};
 }
 
-// How a convolution is cut: panels of at most kColumns output channels with the input channels that they read. Small
-// groups share a panel, whose weights are zero where output and input belong to different groups.
+// How a convolution is cut: panels of some output channels with the input channels that they read. Small groups share a
+// panel, whose weights are zero where output and input belong to different groups.
 struct Cut {
+  int64_t columns;  // of the widest panel
   int64_t taps, group_in, group_out;
   int64_t groups_per_panel, panels_per_group;  // one of them is 1
   int64_t panels;
   bool narrow;
-  int64_t block_rows;  // output rows worked on at a time; their inputs stay in the second-level cache
 
   int64_t most_ins() const { return groups_per_panel * group_in; }
 };
 
 struct Panel {
   int64_t first_out, outs, first_in, ins;
+  int64_t columns;  // the real ones and zeros
 };
 
 inline Cut cut_channels(int64_t cin, int64_t cout, int64_t groups, int64_t taps) {
   Cut cut{};
+  cut.columns = cout / groups > kColumns ? kWide * kLanes : kColumns;
   cut.taps = taps;
   cut.group_in = cin / groups;
   cut.group_out = cout / groups;
-  cut.groups_per_panel = clamp(kColumns / cut.group_out, 1, groups);
-  cut.panels_per_group = ceil_div(cut.group_out, kColumns);
+  cut.groups_per_panel = clamp(cut.columns / cut.group_out, 1, groups);
+  cut.panels_per_group = ceil_div(cut.group_out, cut.columns);
   cut.panels = ceil_div(groups, cut.groups_per_panel) * cut.panels_per_group;
   cut.narrow = cut.most_ins() < kNarrow && taps > 1;
-  constexpr int64_t kBlockFloats = 65536;
-  const int64_t row = cut.most_ins() * (cut.narrow ? taps : 1);
-  cut.block_rows = cut.narrow ? clamp(kBlockFloats / larger(row, 1), 64, 1024) : clamp(row, 128, 256);
   return cut;
 }
 
 inline Panel panel_of(const Cut& cut, int64_t cout, int64_t index) {
   if (cut.panels_per_group > 1 || cut.groups_per_panel == 1) {
     const int64_t group = index / cut.panels_per_group;
-    const int64_t first = index % cut.panels_per_group * kColumns;
-    return {group * cut.group_out + first, smaller(kColumns, cut.group_out - first), group * cut.group_in,
-            cut.group_in};
+    const int64_t first = index % cut.panels_per_group * cut.columns;
+    const int64_t outs = smaller(cut.columns, cut.group_out - first);
+    return {group * cut.group_out + first, outs, group * cut.group_in, cut.group_in,
+            outs > kColumns ? cut.columns : kColumns};
   }
   const int64_t first = index * cut.groups_per_panel;
   const int64_t groups = smaller(cut.groups_per_panel, cout / cut.group_out - first);
-  return {first * cut.group_out, groups * cut.group_out, first * cut.group_in, groups * cut.group_in};
+  return {first * cut.group_out, groups * cut.group_out, first * cut.group_in, groups * cut.group_in, cut.columns};
 }
 
 // Pointers to the input and output rows of a tap's pairs: products run over them without further arithmetic.
@@ -108,31 +110,28 @@ inline Pairs<Out> pairs_in(float* scratch, int64_t count) {
   return {reinterpret_cast<const float**>(scratch), reinterpret_cast<Out**>(scratch + 2 * count)};
 }
 
-// Collects the rows o of [begin, end) that have tap t; returns how many.
+// Lists, among `count` output rows, those that have the tap: `taps` is its column of the table. Returns how many.
 template <class Out>
-inline int64_t list_pairs(const int32_t* taps, int64_t num_taps, int64_t t, int64_t begin, int64_t end,
-                          const float* values, int64_t cin, Out* out, int64_t cout, const Pairs<Out>& pairs) {
-  int64_t count = 0;
-  out += begin * cout;
-  const int32_t* last = taps + end * num_taps + t;
-  for (const int32_t* tap = taps + begin * num_taps + t; tap < last; tap += num_taps, out += cout) {
-    const int64_t n = *tap;
-    pairs.ins[count] = values + (n < 0 ? 0 : n) * cin;
-    pairs.outs[count] = out;
-    count += n >= 0;
+inline int64_t list_pairs(const int32_t* taps, int64_t num_taps, int64_t count, const float* values, int64_t cin,
+                          Out* out, int64_t cout, const Pairs<Out>& pairs) {
+  int64_t present = 0;
+  for (int64_t r = 0; r < count; ++r, taps += num_taps, out += cout) {
+    const int64_t n = *taps;
+    pairs.ins[present] = values + (n < 0 ? 0 : n) * cin;
+    pairs.outs[present] = out;
+    present += n >= 0;
   }
-  return count;
+  return present;
 }
 
-// Rows [begin, end) with their gathered inputs.
+// The same for rows whose inputs are gathered: all of them.
 template <class Out>
-inline int64_t list_rows(int64_t begin, int64_t end, const float* gathered, int64_t depth, Out* out, int64_t cout,
-                         const Pairs<Out>& pairs) {
-  for (int64_t i = 0; i < end - begin; ++i) {
-    pairs.ins[i] = gathered + i * depth;
-    pairs.outs[i] = out + (begin + i) * cout;
+inline void list_rows(int64_t count, const float* gathered, int64_t depth, Out* out, int64_t cout,
+                      const Pairs<Out>& pairs) {
+  for (int64_t r = 0; r < count; ++r) {
+    pairs.ins[r] = gathered + r * depth;
+    pairs.outs[r] = out + r * cout;
   }
-  return end - begin;
 }
 
 // Writes the inputs under all taps of rows [begin, end) side by side, zeros where a tap is absent.

@@ -1,226 +1,155 @@
 // Masked convolution on packed rows, forward and (with transposed weight and the other table) input gradient.
 //
-// A unit is one panel of output channels on one block of output rows. The panel's weights are packed once per range of
-// units into [tap][input channel][kColumns], which stays in the second-level cache while all rows use it. The sum of an
-// output element runs over the taps and then over the channels, whatever the units and the threads are.
-#include "core/conv_tile.h"
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+// A unit is one panel of output channels on one block of output rows, whose sums stay in the first-level cache until
+// all taps are added. A panel's weights are packed once per range of units and stay in the second level while all rows
+// use them; of one tap, kDepth input channels are multiplied at a time, so that their weights too stay in the first
+// level. The sum of an output element runs over the packed parts of the input channels, then over the taps, then over
+// the channels, whatever the units and the threads are.
+#include "core/conv_pack.h"
 
 namespace fastmkd::FASTMKD_ISA {
 namespace {
 
-// out[r] += rows[r] @ panel for kRows rows; `width` columns of the panel are real.
-template <int kRows, bool kWhole>
-inline void tile(const float* const* rows, int64_t depth, const float* panel, float* const* out, int64_t width) {
-  const float* row[kRows];
-  Floats sum[kRows][2];
+constexpr int64_t kRows = 64;           // output rows of a block
+constexpr int64_t kDepth = 64;          // input channels multiplied at a time
+constexpr int64_t kPackedDepth = 256;   // input channels packed at a time: all taps of a wide panel take 576 KiB
+constexpr int64_t kGatheredRows = 256;  // output rows of a block whose taps are gathered side by side
+
+// sums[r] += rows[r] @ weights for kHeight rows.
+template <int kVectors, int kHeight>
+inline void tile(const float* const* rows, int64_t offset, int64_t depth, const float* weights, float* const* sums) {
+  const float* row[kHeight];
+  Floats sum[kHeight][kVectors];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    row[r] = rows[r];
-    sum[r][0] = kWhole ? load(out[r]) : load_some(out[r], width);
-    sum[r][1] = kWhole ? load(out[r] + kLanes) : load_some(out[r] + kLanes, width - kLanes);
+  for (int r = 0; r < kHeight; ++r) {
+    row[r] = rows[r] + offset;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(sums[r] + v * kLanes);
   }
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k, panel += kColumns) {
-    const Floats left = load(panel), right = load(panel + kLanes);
+  for (int64_t k = 0; k < depth; ++k, weights += kVectors * kLanes) {
+    Floats weight[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kHeight; ++r) {
       const Floats x = broadcast(row[r][k]);
-      sum[r][0] += x * left;
-      sum[r][1] += x * right;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += x * weight[v];
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    if (kWhole) {
-      store(out[r], sum[r][0]);
-      store(out[r] + kLanes, sum[r][1]);
-    } else {
-      store_some(out[r], sum[r][0], width);
-      store_some(out[r] + kLanes, sum[r][1], width - kLanes);
-    }
+  for (int r = 0; r < kHeight; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(sums[r] + v * kLanes, sum[r][v]);
   }
 }
 
-template <int kRows = kTileRows>
-inline void tile_of(int64_t count, const float* const* rows, int64_t depth, const float* panel, float* const* out,
-                    int64_t width) {
-  if (count != kRows) {
-    if constexpr (kRows > 1) tile_of<kRows - 1>(count, rows, depth, panel, out, width);
-  } else if (width == kColumns) {
-    tile<kRows, true>(rows, depth, panel, out, width);
-  } else {
-    tile<kRows, false>(rows, depth, panel, out, width);
+template <int kVectors, int kHeight = kSums / kVectors>
+inline void tile_of(int64_t height, const float* const* rows, int64_t offset, int64_t depth, const float* weights,
+                    float* const* sums) {
+  if (height == kHeight) {
+    tile<kVectors, kHeight>(rows, offset, depth, weights, sums);
+  } else if constexpr (kHeight > 1) {
+    tile_of<kVectors, kHeight - 1>(height, rows, offset, depth, weights, sums);
   }
 }
 
 // Multiplies `count` pairs in whole tiles, the last two of them shared out evenly: short tiles waste registers.
-inline void multiply(const Pairs<float>& pairs, int64_t count, int64_t depth, const float* panel, int64_t width) {
-  for (int64_t i = 0; i < count;) {
-    const int64_t left = count - i;
-    const int64_t height = left >= 2 * kTileRows || left <= kTileRows ? smaller(left, kTileRows) : (left + 1) / 2;
-    tile_of(height, pairs.ins + i, depth, panel, pairs.outs + i, width);
-    i += height;
-  }
-}
-
-// Packs output channels [0, outs) of one group, input channels [0, ins), into columns of a panel of `depth` channels.
-// `run` consecutive weights of an output channel are read together: they are the taps of all its inputs, or its inputs
-// under one tap.
-template <class T>
-inline void pack_runs(const T* weight, int64_t out_stride, int64_t outs, int64_t run, int64_t taps_in_run,
-                      int64_t depth, float* to) {
-  int64_t t = 0, in = 0;  // of weight e
-  for (int64_t e = 0; e < run; e += kLanes) {
-    const int64_t count = smaller(kLanes, run - e);
-    float* columns[kLanes];
-    for (int64_t i = 0; i < count; ++i) {
-      columns[i] = to + (t * depth + in) * kColumns;
-      if (++t == taps_in_run) {
-        t = 0;
-        ++in;
-      }
+template <int kVectors>
+inline void multiply(const Pairs<float>& pairs, int64_t count, int64_t depth, const float* weights) {
+  constexpr int64_t kHeight = kSums / kVectors;
+  for (int64_t k = 0; k < depth; k += kDepth, weights += kDepth * kVectors * kLanes) {
+    for (int64_t i = 0; i < count;) {
+      const int64_t left = count - i;
+      const int64_t height = left >= 2 * kHeight || left <= kHeight ? smaller(left, kHeight) : (left + 1) / 2;
+      tile_of<kVectors>(height, pairs.ins + i, k, smaller(kDepth, depth - k), weights, pairs.outs + i);
+      i += height;
     }
-    for (int64_t o = 0; o < outs; o += kLanes) {
-      Floats block[kLanes];
-      for (int64_t r = 0; r < kLanes; ++r) {
-        const T* from = weight + (o + r) * out_stride + e;
-        __builtin_prefetch(from + 8 * kLanes);  // more streams than the hardware follows
-        block[r] = o + r >= outs ? Floats{} : count == kLanes ? load(from) : load_part(from, count);
-      }
-      transpose(block);
-      for (int64_t i = 0; i < count; ++i) store_some(columns[i] + o, block[i], outs - o);
-    }
-  }
-}
-
-// out[o] = from[o * stride]
-template <class T>
-inline void load_strided(const T* from, int64_t stride, int64_t outs, float* to) {
-  for (int64_t o = 0; o < outs; ++o) to[o] = widened(from[o * stride]);
-}
-
-#if defined(__AVX512F__)
-inline void load_strided(const float* from, int64_t stride, int64_t outs, float* to) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i index = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(stride)));
-  for (int64_t o = 0; o < outs; o += kLanes, from += kLanes * stride) {
-    const __mmask16 mask = static_cast<__mmask16>((1u << smaller(kLanes, outs - o)) - 1u);
-    _mm512_mask_storeu_ps(to + o, mask, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, index, from, 4));
-  }
-}
-#endif
-
-// Any strides (the transposed weight of the input gradient): an input channel at a time.
-template <class T>
-inline void pack_any(const T* weight, const int64_t* strides, int64_t outs, int64_t ins, int64_t taps, int64_t depth,
-                     float* to) {
-  const int64_t run = strides[2] == 1 && strides[0] == taps ? outs * taps : 0;  // consecutive weights of an input
-  for (int64_t i = 0; i < ins; ++i) {
-    const T* later = weight + smaller(i + 2, ins - 1) * strides[1];
-    for (int64_t e = 0; e < run; e += kLanes) __builtin_prefetch(later + e);
-    for (int64_t t = 0; t < taps; ++t) {
-      const T* from = weight + i * strides[1] + t * strides[2];
-      load_strided(from, strides[0], outs, to + (t * depth + i) * kColumns);
-    }
-  }
-}
-
-template <class T>
-void pack(const MaskedConvArgs& args, const Cut& cut, const Panel& panel, float* to) {
-  const int64_t* strides = args.weight_strides;
-  const int64_t groups = cut.groups_per_panel == 1 ? 1 : panel.outs / cut.group_out;
-  const int64_t outs = panel.outs / groups;
-  if (groups > 1 || outs < kColumns) {
-    for (int64_t i = 0; i < cut.taps * panel.ins * kColumns; ++i) to[i] = 0.0f;
-  }
-  for (int64_t g = 0; g < groups; ++g) {
-    const T* weight = static_cast<const T*>(args.weight) + (panel.first_out + g * outs) * strides[0];
-    float* corner = to + g * (cut.group_in * kColumns + outs);
-    if (strides[2] == 1 && strides[1] == cut.taps) {
-      pack_runs(weight, strides[0], outs, cut.group_in * cut.taps, cut.taps, panel.ins, corner);
-    } else if (strides[1] == 1) {
-      for (int64_t t = 0; t < cut.taps; ++t) {
-        float* rows = corner + t * panel.ins * kColumns;
-        pack_runs(weight + t * strides[2], strides[0], outs, cut.group_in, 1, panel.ins, rows);
-      }
-    } else {
-      pack_any(weight, strides, outs, cut.group_in, cut.taps, panel.ins, corner);
-    }
-  }
-}
-
-void pack_panel(const MaskedConvArgs& args, const Cut& cut, const Panel& panel, float* to) {
-  if (args.weight_dtype == DType::f32) {
-    pack<float>(args, cut, panel, to);
-  } else if (args.weight_dtype == DType::bf16) {
-    pack<Bf16>(args, cut, panel, to);
-  } else {
-    pack<Half>(args, cut, panel, to);
-  }
-}
-
-void start(const MaskedConvArgs& args, const Panel& panel, int64_t begin, int64_t end) {
-  const float* bias = args.bias == nullptr ? nullptr : args.bias + panel.first_out;
-  const Floats left = bias == nullptr ? Floats{} : load_some(bias, panel.outs);
-  const Floats right = bias == nullptr ? Floats{} : load_some(bias + kLanes, panel.outs - kLanes);
-  for (int64_t r = begin; r < end; ++r) {
-    float* out = args.out + r * args.cout + panel.first_out;
-    store_some(out, left, panel.outs);
-    store_some(out + kLanes, right, panel.outs - kLanes);
   }
 }
 
 struct Scratch {
-  float *packed, *gathered;
+  float *packed, *bias, *sums, *gathered;
   Pairs<float> pairs;
 };
 
-void run_block(const MaskedConvArgs& args, const Cut& cut, const Panel& panel, int64_t begin, int64_t end,
+// One panel on the output rows [begin, end): input channels `ins` of it, the first of them start from the bias.
+void run_block(const MaskedConvArgs& args, const Cut& cut, const Panel& panel, Share ins, Share rows,
                const Scratch& scratch) {
-  start(args, panel, begin, end);
-  const float* values = args.values + panel.first_in;
-  float* out = args.out + panel.first_out;
-  if (cut.narrow) {
-    const int64_t depth = cut.taps * panel.ins;
-    gather_rows(values, args.cin, panel.ins, args.taps, cut.taps, begin, end, scratch.gathered);
-    const int64_t count = list_rows(begin, end, scratch.gathered, depth, out, args.cout, scratch.pairs);
-    multiply(scratch.pairs, count, depth, scratch.packed, panel.outs);
-    return;
+  const int64_t count = rows.end - rows.begin, depth = ins.end - ins.begin, columns = panel.columns;
+  float* out = args.out + rows.begin * args.cout + panel.first_out;
+  float* sums = scratch.sums;
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t o = 0; o < columns; o += kLanes) {
+      const float* from = out + r * args.cout + o;
+      store(sums + r * columns + o, ins.begin == 0 ? load(scratch.bias + o) : load_some(from, panel.outs - o));
+    }
   }
-  for (int64_t t = 0; t < cut.taps; ++t) {
-    const int64_t count =
-        list_pairs(args.taps, cut.taps, t, begin, end, values, args.cin, out, args.cout, scratch.pairs);
-    multiply(scratch.pairs, count, panel.ins, scratch.packed + t * panel.ins * kColumns, panel.outs);
+  const auto multiply_panel = columns == kColumns ? multiply<2> : multiply<kWide>;
+  const float* values = args.values + panel.first_in + ins.begin;
+  if (cut.narrow) {
+    gather_rows(values, args.cin, depth, args.taps, cut.taps, rows.begin, rows.end, scratch.gathered);
+    list_rows(count, scratch.gathered, cut.taps * depth, sums, columns, scratch.pairs);
+    multiply_panel(scratch.pairs, count, cut.taps * depth, scratch.packed);
+  } else {
+    for (int64_t t = 0; t < cut.taps; ++t) {
+      const int64_t present = list_pairs(args.taps + rows.begin * cut.taps + t, cut.taps, count, values, args.cin, sums,
+                                         columns, scratch.pairs);
+      multiply_panel(scratch.pairs, present, depth, scratch.packed + t * depth * columns);
+    }
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t o = 0; o < panel.outs; o += kLanes) {
+      store_some(out + r * args.cout + o, load(sums + r * columns + o), panel.outs - o);
+    }
   }
 }
 
 inline Cut cut_of(const MaskedConvArgs& args) { return cut_channels(args.cin, args.cout, args.groups, args.num_taps); }
 
+inline int64_t rows_of(const Cut& cut) { return cut.narrow ? kGatheredRows : kRows; }
+
+inline int64_t packed_depth(const Cut& cut) {
+  return cut.narrow || cut.groups_per_panel > 1 ? cut.most_ins() : smaller(cut.most_ins(), kPackedDepth);
+}
+
 }  // namespace
 
 ConvPlan masked_conv2d_plan(const MaskedConvArgs& args) {
   const Cut cut = cut_of(args);
-  const int64_t depth = cut.taps * cut.most_ins();
+  const int64_t rows = rows_of(cut);
   ConvPlan plan{};
-  plan.units = cut.panels * ceil_div(args.n_out, cut.block_rows);
-  plan.scratch = depth * kColumns + pairs_scratch(cut.block_rows) + (cut.narrow ? cut.block_rows * depth : 0);
+  plan.units = cut.panels * ceil_div(args.n_out, rows);
+  plan.scratch = (cut.taps * packed_depth(cut) + 1 + rows) * cut.columns + pairs_scratch(rows) +
+                 (cut.narrow ? rows * cut.taps * cut.most_ins() : 0);
   return plan;
 }
 
 void masked_conv2d(const MaskedConvArgs& args, int64_t begin, int64_t end, float* scratch) {
   const Cut cut = cut_of(args);
-  const int64_t blocks = ceil_div(args.n_out, cut.block_rows);
-  float* pairs = scratch + cut.taps * cut.most_ins() * kColumns;
-  const Scratch parts{scratch, pairs + pairs_scratch(cut.block_rows), pairs_in<float>(pairs, cut.block_rows)};
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const Panel panel = panel_of(cut, args.cout, unit / blocks);
-    if (unit == begin || unit % blocks == 0) pack_panel(args, cut, panel, parts.packed);
-    const Share rows = share(args.n_out, unit % blocks, blocks);
-    run_block(args, cut, panel, rows.begin, rows.end, parts);
+  const int64_t most_rows = rows_of(cut), blocks = ceil_div(args.n_out, most_rows);
+  Scratch parts{};
+  parts.packed = scratch;
+  parts.bias = parts.packed + cut.taps * packed_depth(cut) * cut.columns;
+  parts.sums = parts.bias + cut.columns;
+  parts.pairs = pairs_in<float>(parts.sums + most_rows * cut.columns, most_rows);
+  parts.gathered = parts.sums + most_rows * cut.columns + pairs_scratch(most_rows);
+  while (begin < end) {
+    const Panel panel = panel_of(cut, args.cout, begin / blocks);
+    const int64_t stop = smaller(end, (begin / blocks + 1) * blocks);
+    for (int64_t o = 0; o < panel.columns; ++o) {
+      parts.bias[o] = args.bias == nullptr || o >= panel.outs ? 0.0f : args.bias[panel.first_out + o];
+    }
+    const int64_t depths = ceil_div(panel.ins, packed_depth(cut));
+    for (int64_t d = 0; d < depths; ++d) {
+      const Share ins = share(panel.ins, d, depths);
+      pack_panel(args, cut, panel, ins, parts.packed);
+      for (int64_t unit = begin; unit < stop; ++unit) {
+        run_block(args, cut, panel, ins, share(args.n_out, unit % blocks, blocks), parts);
+      }
+    }
+    begin = stop;
   }
 }
 

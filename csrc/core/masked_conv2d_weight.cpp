@@ -8,10 +8,12 @@
 namespace fastmkd::FASTMKD_ISA {
 namespace {
 
-constexpr int64_t kPairs = 192;    // pairs multiplied at a time; their gradients stay in the first-level cache
-constexpr int64_t kPartIns = 256;  // most input channels of a part; the sums of all its taps stay in the second level
+constexpr int64_t kPairs = 96;       // pairs multiplied at a time; their gradients stay in the first-level cache
+constexpr int64_t kAhead = 6;        // pairs whose inputs are fetched early: rows are too far apart for the hardware
+constexpr int64_t kIns = 256;        // most input channels of a part; the sums of all its taps stay in the second level
+constexpr int64_t kInputs = 49152;   // floats that a block of output rows reads, for the second level too
+constexpr int64_t kMostRows = 1024;  // of a block, and least of a chunk
 constexpr int64_t kWantedUnits = 16;
-constexpr int64_t kChunkRows = 1024;  // least rows of a chunk
 
 // How the work is cut, and where a unit lies in it.
 struct WeightCut {
@@ -25,11 +27,11 @@ WeightCut cut_of(const MaskedConvWeightArgs& args) {
   WeightCut cut{};
   cut.channels = cut_channels(args.cin, args.cout, args.groups, args.num_taps);
   const bool splits = !cut.channels.narrow && cut.channels.groups_per_panel == 1;
-  cut.parts = splits ? ceil_div(cut.channels.group_in, kPartIns) : 1;
-  const int64_t units = cut.channels.panels * cut.parts;
-  cut.chunks = clamp(ceil_div(kWantedUnits, units), 1, larger(args.n_out / kChunkRows, 1));
-  cut.most_depth = args.num_taps * ceil_div(cut.channels.most_ins(), cut.parts);
-  cut.block_rows = cut.channels.narrow ? cut.channels.block_rows : 1024;
+  cut.parts = splits ? ceil_div(cut.channels.group_in, kIns) : 1;
+  const int64_t units = cut.channels.panels * cut.parts, ins = ceil_div(cut.channels.most_ins(), cut.parts);
+  cut.chunks = clamp(ceil_div(kWantedUnits, units), 1, larger(args.n_out / kMostRows, 1));
+  cut.most_depth = args.num_taps * ins;
+  cut.block_rows = clamp(kInputs / larger(cut.channels.narrow ? cut.most_depth : ins, 1), kPairs, kMostRows);
   return cut;
 }
 
@@ -48,39 +50,43 @@ Unit unit_of(const WeightCut& cut, int64_t cout, int64_t index) {
   return unit;
 }
 
-// sums[r] += sum over k of rows[k][r] * grads[k] for kRows input channels.
-template <int kRows>
+// sums[r] += sum over k of rows[k][r] * grads[k] for kHeight input channels.
+template <int kVectors, int kHeight>
 inline void tile(const float* const* rows, int64_t offset, int64_t count, const float* grads, float* sums) {
-  Floats sum[kRows][2];
+  constexpr int64_t kWidth = kVectors * kLanes;
+  Floats sum[kHeight][kVectors];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = load(sums + r * kColumns);
-    sum[r][1] = load(sums + r * kColumns + kLanes);
+  for (int r = 0; r < kHeight; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(sums + r * kWidth + v * kLanes);
   }
-  for (int64_t k = 0; k < count; ++k, grads += kColumns) {
+  for (int64_t k = 0; k < count; ++k, grads += kWidth) {
     const float* row = rows[k] + offset;
-    const Floats left = load(grads), right = load(grads + kLanes);
+    __builtin_prefetch(rows[k + kAhead] + offset);
+    Floats grad[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) grad[v] = load(grads + v * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kHeight; ++r) {
       const Floats x = broadcast(row[r]);
-      sum[r][0] += x * left;
-      sum[r][1] += x * right;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += x * grad[v];
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    store(sums + r * kColumns, sum[r][0]);
-    store(sums + r * kColumns + kLanes, sum[r][1]);
+  for (int r = 0; r < kHeight; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(sums + r * kWidth + v * kLanes, sum[r][v]);
   }
 }
 
-template <int kRows = kTileRows>
+template <int kVectors, int kHeight = kSums / kVectors>
 inline void tile_of(int64_t height, const float* const* rows, int64_t offset, int64_t count, const float* grads,
                     float* sums) {
-  if (height == kRows) {
-    tile<kRows>(rows, offset, count, grads, sums);
-  } else if constexpr (kRows > 1) {
-    tile_of<kRows - 1>(height, rows, offset, count, grads, sums);
+  if (height == kHeight) {
+    tile<kVectors, kHeight>(rows, offset, count, grads, sums);
+  } else if constexpr (kHeight > 1) {
+    tile_of<kVectors, kHeight - 1>(height, rows, offset, count, grads, sums);
   }
 }
 
@@ -89,22 +95,23 @@ struct Scratch {
   Pairs<const float> pairs;
 };
 
-// Adds the outer products of `count` pairs.
-inline void multiply(const Scratch& scratch, int64_t count, int64_t depth, int64_t width, float* sums) {
+// Adds the outer products of `count` pairs; `outs` columns of the panel are real.
+template <int kVectors>
+void multiply(const Scratch& scratch, int64_t count, int64_t depth, int64_t outs, float* sums) {
+  constexpr int64_t kWidth = kVectors * kLanes;
   const int64_t batches = ceil_div(count, kPairs);
   for (int64_t b = 0; b < batches; ++b) {
     const Share batch = share(count, b, batches);
     float* to = scratch.grads;
-    for (int64_t i = batch.begin; i < batch.end; ++i, to += kColumns) {
-      const float* from = scratch.pairs.outs[i];
-      store(to, load_some(from, width));
-      store(to + kLanes, load_some(from + kLanes, width - kLanes));
+    for (int64_t i = batch.begin; i < batch.end; ++i) {
+      for (int64_t o = 0; o < kWidth; o += kLanes, to += kLanes)
+        store(to, load_some(scratch.pairs.outs[i] + o, outs - o));
     }
-    const int64_t tiles = ceil_div(depth, kTileRows);
+    const int64_t tiles = ceil_div(depth, kSums / kVectors);
     for (int64_t i = 0; i < tiles; ++i) {
       const Share part = share(depth, i, tiles);
-      tile_of(part.end - part.begin, scratch.pairs.ins + batch.begin, part.begin, batch.end - batch.begin,
-              scratch.grads, sums + part.begin * kColumns);
+      tile_of<kVectors>(part.end - part.begin, scratch.pairs.ins + batch.begin, part.begin, batch.end - batch.begin,
+                        scratch.grads, sums + part.begin * kWidth);
     }
   }
 }
@@ -114,36 +121,38 @@ void add_block(const MaskedConvWeightArgs& args, const WeightCut& cut, const Uni
   const float* values = args.values + unit.panel.first_in + unit.ins.begin;
   const float* grads = args.grad + unit.panel.first_out;
   const int64_t ins = unit.ins.end - unit.ins.begin, taps = args.num_taps;
+  const auto multiply_panel = unit.panel.columns == kColumns ? multiply<2> : multiply<kWide>;
   if (cut.channels.narrow) {
     const int64_t depth = taps * ins;
     gather_rows(values, args.cin, ins, args.taps, taps, block.begin, block.end, scratch.gathered);
-    const int64_t count = list_rows(block.begin, block.end, scratch.gathered, depth, grads, args.cout, scratch.pairs);
-    multiply(scratch, count, depth, unit.panel.outs, sums);
+    const int64_t count = block.end - block.begin;
+    list_rows(count, scratch.gathered, depth, grads + block.begin * args.cout, args.cout, scratch.pairs);
+    multiply_panel(scratch, count, depth, unit.panel.outs, sums);
     return;
   }
   for (int64_t t = 0; t < taps; ++t) {
-    const int64_t count =
-        list_pairs(args.taps, taps, t, block.begin, block.end, values, args.cin, grads, args.cout, scratch.pairs);
-    multiply(scratch, count, ins, unit.panel.outs, sums + t * ins * kColumns);
+    const int64_t count = list_pairs(args.taps + block.begin * taps + t, taps, block.end - block.begin, values,
+                                     args.cin, grads + block.begin * args.cout, args.cout, scratch.pairs);
+    multiply_panel(scratch, count, ins, unit.panel.outs, sums + t * ins * unit.panel.columns);
   }
 }
 
-// From a unit's sums [tap][input channel][kColumns] to the weight's layout, where an output channel's inputs and taps
-// are consecutive. Groups that share a panel own a diagonal block each.
+// From a unit's sums [tap][input channel][column] to the weight's layout, where an output channel's inputs and taps are
+// consecutive. Groups that share a panel own a diagonal block each.
 void unpack(const MaskedConvWeightArgs& args, const Cut& cut, const Unit& unit, const float* sums) {
   const int64_t ins = unit.ins.end - unit.ins.begin;
   const int64_t groups = cut.groups_per_panel == 1 ? 1 : unit.panel.outs / cut.group_out;
   const int64_t outs = unit.panel.outs / groups, run = (groups == 1 ? ins : cut.group_in) * cut.taps;
   const int64_t row = cut.group_in * cut.taps;
   for (int64_t g = 0; g < groups; ++g) {
-    const float* corner = sums + g * (cut.group_in * kColumns + outs);
+    const float* corner = sums + g * (cut.group_in * unit.panel.columns + outs);
     float* to = args.out + (unit.panel.first_out + g * outs) * row + unit.ins.begin * cut.taps;
     int64_t t = 0, in = 0;  // of weight e
     for (int64_t e = 0; e < run; e += kLanes) {
       const int64_t count = smaller(kLanes, run - e);
       const float* columns[kLanes];
       for (int64_t i = 0; i < count; ++i) {
-        columns[i] = corner + (t * ins + in) * kColumns;
+        columns[i] = corner + (t * ins + in) * unit.panel.columns;
         if (++t == cut.taps) {
           t = 0;
           ++in;
@@ -153,7 +162,14 @@ void unpack(const MaskedConvWeightArgs& args, const Cut& cut, const Unit& unit, 
         Floats block[kLanes]{};
         for (int64_t i = 0; i < count; ++i) block[i] = load_some(columns[i] + o, outs - o);
         transpose(block);
-        for (int64_t r = 0; r < smaller(kLanes, outs - o); ++r) store_some(to + (o + r) * row + e, block[r], count);
+        for (int64_t r = 0; r < smaller(kLanes, outs - o); ++r) {
+          float* out = to + (o + r) * row + e;
+          if (count == kLanes && is_aligned(out)) {
+            stream(out, block[r]);
+          } else {
+            store_some(out, block[r], count);
+          }
+        }
       }
     }
   }
@@ -166,9 +182,9 @@ ConvPlan masked_conv2d_weight_plan(const MaskedConvWeightArgs& args) {
   const int64_t panels = cut.channels.panels * cut.parts;
   ConvPlan plan{};
   plan.units = panels * cut.chunks;
-  plan.scratch = (kPairs + cut.most_depth) * kColumns + pairs_scratch(cut.block_rows) +
+  plan.scratch = (kPairs + cut.most_depth) * cut.channels.columns + pairs_scratch(cut.block_rows + kAhead) +
                  (cut.channels.narrow ? cut.block_rows * cut.most_depth : 0);
-  plan.sums = cut.chunks > 1 ? plan.units * cut.most_depth * kColumns : 0;
+  plan.sums = cut.chunks > 1 ? plan.units * cut.most_depth * cut.channels.columns : 0;
   plan.reduce_units = cut.chunks > 1 ? panels : 0;
   return plan;
 }
@@ -177,14 +193,14 @@ void masked_conv2d_weight(const MaskedConvWeightArgs& args, int64_t begin, int64
   const WeightCut cut = cut_of(args);
   Scratch parts{};
   parts.grads = scratch;
-  parts.sums = parts.grads + kPairs * kColumns;
-  float* pairs = parts.sums + cut.most_depth * kColumns;
-  parts.pairs = pairs_in<const float>(pairs, cut.block_rows);
-  parts.gathered = pairs + pairs_scratch(cut.block_rows);
+  parts.sums = parts.grads + kPairs * cut.channels.columns;
+  float* pairs = parts.sums + cut.most_depth * cut.channels.columns;
+  parts.pairs = pairs_in<const float>(pairs, cut.block_rows + kAhead);
+  parts.gathered = pairs + pairs_scratch(cut.block_rows + kAhead);
   for (int64_t index = begin; index < end; ++index) {
     const Unit unit = unit_of(cut, args.cout, index);
-    float* sums = cut.chunks > 1 ? args.sums + index * cut.most_depth * kColumns : parts.sums;
-    for (int64_t i = 0; i < cut.most_depth * kColumns; ++i) sums[i] = 0.0f;
+    float* sums = cut.chunks > 1 ? args.sums + index * cut.most_depth * cut.channels.columns : parts.sums;
+    for (int64_t i = 0; i < cut.most_depth * cut.channels.columns; ++i) sums[i] = 0.0f;
     const Share rows = share(args.n_out, unit.chunk, cut.chunks);
     const int64_t blocks = ceil_div(rows.end - rows.begin, cut.block_rows);
     for (int64_t b = 0; b < blocks; ++b) {
@@ -193,11 +209,12 @@ void masked_conv2d_weight(const MaskedConvWeightArgs& args, int64_t begin, int64
     }
     if (cut.chunks == 1) unpack(args, cut.channels, unit, sums);
   }
+  end_streams();
 }
 
 void masked_conv2d_weight_reduce(const MaskedConvWeightArgs& args, int64_t begin, int64_t end) {
   const WeightCut cut = cut_of(args);
-  const int64_t size = cut.most_depth * kColumns;
+  const int64_t size = cut.most_depth * cut.channels.columns;
   const int64_t chunk = cut.channels.panels * cut.parts * size;
   for (int64_t index = begin; index < end; ++index) {
     float* sums = args.sums + index * size;
@@ -206,6 +223,7 @@ void masked_conv2d_weight_reduce(const MaskedConvWeightArgs& args, int64_t begin
     }
     unpack(args, cut.channels, unit_of(cut, args.cout, index), sums);
   }
+  end_streams();
 }
 
 }  // namespace fastmkd::FASTMKD_ISA

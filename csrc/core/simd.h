@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#if defined(__AVX512BF16__) || defined(FASTMKD_EMULATE_AVX512_BF16)
+#if defined(__AVX2__) || defined(__AVX512BF16__) || defined(FASTMKD_EMULATE_AVX512_BF16)
 #include <immintrin.h>
 #endif
 
@@ -76,6 +76,25 @@ inline Floats load(const Half* from) {
 }
 
 inline void store(float* to, Floats x) { store_raw(to, x); }
+
+inline bool is_aligned(const float* at) { return reinterpret_cast<uintptr_t>(at) % sizeof(Floats) == 0; }
+
+// Writes past the caches, for aligned results larger than those. `end_streams` makes them visible to other threads.
+inline void stream(float* to, Floats x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, x);
+#else
+  store(to, x);
+#endif
+}
+
+inline void end_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // Round to nearest even; a NaN becomes the quiet NaN.
 inline void store(Bf16* to, Floats x) {
