@@ -274,18 +274,31 @@ void run_units(void (*run)(const Args&, int64_t, int64_t, float*), const Args& a
   }
 }
 
+// Rows of random numbers as the plan of `args` wants them; those of bf16 are exact in float32 too.
+template <class Args>
+Bytes random_rows(ConvPlan (*plan)(const Args&), Args& args, DType dtype, int64_t count, unsigned seed) {
+  args.dtype = dtype;
+  const Bytes rows = random_values(dtype, count, seed);
+  args.dtype = plan(args).dtype;
+  if (args.dtype == dtype) return rows;
+  Bytes wide = random_values(args.dtype, count, seed);
+  for (int64_t i = 0; i < count; ++i) {
+    reference::encode(args.dtype, reference::decode(dtype, rows.data(), i), wide.data(), i);
+  }
+  return wide;
+}
+
 bool is_depthwise(const ConvShape& shape) { return shape.groups == shape.cin && shape.groups == shape.cout; }
 
 }  // namespace
 
-Outcome masked_conv2d(const Kernels& kernels, DType weight_dtype, const ConvShape& shape, WeightLayout layout) {
+Outcome masked_conv2d(const Kernels& kernels, DType dtype, const ConvShape& shape, WeightLayout layout) {
   const int64_t group_in = shape.cin / shape.groups;
-  const std::vector<float> values = random_floats(shape.n_in * shape.cin, 9), bias = random_floats(shape.cout, 10);
-  const Bytes weight = random_values(weight_dtype, shape.cout * group_in * shape.taps, 11);
+  const std::vector<float> bias = random_floats(shape.cout, 10);
+  const Bytes weight = random_values(dtype, shape.cout * group_in * shape.taps, 11);
   const std::vector<int32_t> taps = random_taps(shape);
   MaskedConvArgs args{};
-  args.values = values.data();
-  args.weight_dtype = weight_dtype;
+  args.weight_dtype = dtype;
   args.weight = weight.data();
   const int64_t strides[3][3] = {{group_in * shape.taps, shape.taps, 1},
                                  {group_in * shape.taps, 1, group_in},
@@ -297,30 +310,25 @@ Outcome masked_conv2d(const Kernels& kernels, DType weight_dtype, const ConvShap
   args.cout = shape.cout;
   args.groups = shape.groups;
   args.num_taps = shape.taps;
+  const auto plan = is_depthwise(shape) ? kernels.masked_depthwise_plan : kernels.masked_conv2d_plan;
+  const Bytes values = random_rows(plan, args, dtype, shape.n_in * shape.cin, 9);
+  args.values = values.data();
   Outcome outcome{};
   for (const float* maybe_bias : {bias.data(), static_cast<const float*>(nullptr)}) {
     args.bias = maybe_bias;
     std::vector<float> out(as_size(shape.n_out * shape.cout), kNaN);
     args.out = out.data();
-    if (is_depthwise(shape)) {
-      run_units(kernels.masked_depthwise, args, kernels.masked_depthwise_plan(args));
-    } else {
-      run_units(kernels.masked_conv2d, args, kernels.masked_conv2d_plan(args));
-    }
+    run_units(is_depthwise(shape) ? kernels.masked_depthwise : kernels.masked_conv2d, args, plan(args));
     outcome = judge(out, reference::masked_conv2d(args));
     if (!outcome.ok) return outcome;
   }
   return outcome;
 }
 
-Outcome masked_conv2d_weight(const Kernels& kernels, const ConvShape& shape) {
-  const std::vector<float> values = random_floats(shape.n_in * shape.cin, 12);
-  const std::vector<float> grad = random_floats(shape.n_out * shape.cout, 13);
+Outcome masked_conv2d_weight(const Kernels& kernels, DType dtype, const ConvShape& shape) {
   const std::vector<int32_t> taps = random_taps(shape);
   std::vector<float> out(as_size(shape.cout * (shape.cin / shape.groups) * shape.taps), kNaN);
   MaskedConvWeightArgs args{};
-  args.values = values.data();
-  args.grad = grad.data();
   args.taps = taps.data();
   args.n_out = shape.n_out;
   args.cin = shape.cin;
@@ -329,7 +337,12 @@ Outcome masked_conv2d_weight(const Kernels& kernels, const ConvShape& shape) {
   args.num_taps = shape.taps;
   args.out = out.data();
   const bool depthwise = is_depthwise(shape);
-  const ConvPlan plan = (depthwise ? kernels.masked_depthwise_weight_plan : kernels.masked_conv2d_weight_plan)(args);
+  const auto make_plan = depthwise ? kernels.masked_depthwise_weight_plan : kernels.masked_conv2d_weight_plan;
+  const Bytes values = random_rows(make_plan, args, dtype, shape.n_in * shape.cin, 12);
+  const Bytes grad = random_rows(make_plan, args, dtype, shape.n_out * shape.cout, 13);
+  args.values = values.data();
+  args.grad = grad.data();
+  const ConvPlan plan = make_plan(args);
   std::vector<float> sums(as_size(plan.sums), kNaN);
   args.sums = sums.data();
   run_units(depthwise ? kernels.masked_depthwise_weight : kernels.masked_conv2d_weight, args, plan);

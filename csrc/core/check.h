@@ -48,8 +48,8 @@ Outcome conversions(const Kernels& kernels);
 Outcome prefill(const Kernels& kernels);
 
 // Forward with and without bias; a third of the taps are absent, and row 0 has none.
-Outcome masked_conv2d(const Kernels& kernels, DType weight_dtype, const ConvShape& shape, WeightLayout layout);
-Outcome masked_conv2d_weight(const Kernels& kernels, const ConvShape& shape);
+Outcome masked_conv2d(const Kernels& kernels, DType dtype, const ConvShape& shape, WeightLayout layout);
+Outcome masked_conv2d_weight(const Kernels& kernels, DType dtype, const ConvShape& shape);
 
 // Two layers far from zero.
 Outcome centred_gram(const Kernels& kernels, DType dtype, const GramShape& shape);

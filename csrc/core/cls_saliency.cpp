@@ -88,28 +88,7 @@ void logits(const ClsSaliencyArgs& args, int64_t begin, int64_t end, float* scal
   });
 }
 
-#if defined(__AVX512BF16__) || defined(FASTMKD_EMULATE_AVX512_BF16)
-
-#ifdef FASTMKD_EMULATE_AVX512_BF16
-// What VDPBF16PS does (Intel SDM, volume 2), for processors without it: two fused multiply-adds per lane, the odd
-// element first, subnormals read and written as zero. Only the tests compile this.
-inline __m512 flush_subnormals(__m512 x) {
-  const __m512i exponent = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7f800000));
-  const __mmask16 tiny = _mm512_testn_epi32_mask(exponent, exponent);
-  const __m512i sign = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(INT32_MIN));
-  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_castps_si512(x), tiny, sign));
-}
-
-inline __m512 odd_elements(__m512i x) { return flush_subnormals((__m512)((Words)x & 0xffff0000u)); }
-inline __m512 even_elements(__m512i x) { return flush_subnormals((__m512)((Words)x << 16)); }
-
-inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
-  sum = flush_subnormals(_mm512_fmadd_ps(odd_elements(a), odd_elements(b), flush_subnormals(sum)));
-  return flush_subnormals(_mm512_fmadd_ps(even_elements(a), even_elements(b), sum));
-}
-#else
-inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-#endif
+#ifdef FASTMKD_DOT_PAIRS
 
 // The first `count` <= 32 elements, zeros after them.
 inline __m512i load_pairs(const Bf16* from, int64_t count) {

@@ -5,7 +5,6 @@
 
 namespace {
 
-using fastmkd::DType;
 using fastmkd::MaskedConvArgs;
 
 // Where a group's weights go: columns of a panel of `depth` input channels.
@@ -90,7 +89,14 @@ void pack(const MaskedConvArgs& args, const Cut& cut, const Panel& panel, Share 
   }
 }
 
-// Packs input channels `ins` of a panel.
+// From two rows of widened bf16 numbers to one row of words.
+inline void pair_rows(const float* from, int64_t words, int64_t columns, float* to) {
+  for (int64_t i = 0; i < words; ++i, from += 2 * columns, to += columns) {
+    for (int64_t o = 0; o < columns; o += kLanes) store(to + o, paired(load(from + o), load(from + columns + o)));
+  }
+}
+
+// Packs input channels `ins` of a panel, with bf16 rows two of them in a word.
 inline void pack_panel(const MaskedConvArgs& args, const Cut& cut, const Panel& panel, Share ins, float* to) {
   if (args.weight_dtype == DType::f32) {
     pack<float>(args, cut, panel, ins, to);
@@ -99,6 +105,7 @@ inline void pack_panel(const MaskedConvArgs& args, const Cut& cut, const Panel& 
   } else {
     pack<Half>(args, cut, panel, ins, to);
   }
+  if (reads_bf16(args.dtype, cut)) pair_rows(to, cut.taps * (ins.end - ins.begin) / 2, panel.columns, to);
 }
 
 }  // namespace

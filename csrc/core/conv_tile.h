@@ -8,6 +8,8 @@
 
 namespace {
 
+using fastmkd::DType;
+
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kSums = 24;  // registers of a tile that hold sums, of 32
 constexpr int kWide = 4;   // vectors of a wide panel
@@ -25,11 +27,41 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return smaller(larger(x, low), high); }
 
+// The 32-bit words that a tile multiplies hold a float each, or with kBf16 two bf16 numbers.
+#ifdef FASTMKD_DOT_PAIRS
+constexpr bool kHasBf16 = true;
+#else
+constexpr bool kHasBf16 = false;
+#endif
+
 // Unlike 0 + x, x - 0 is x for every x, so this is one broadcast.
 inline Floats broadcast(float x) { return x - Floats{}; }
 
-inline Floats load_some(const float* from, int64_t count) {
+// sum + word * words; the word as bits, since arithmetic on two bf16 numbers as one float would change them.
+template <bool kBf16>
+inline Floats multiply_add(Floats sum, const Floats& word, const Floats& words) {
+#ifdef FASTMKD_DOT_PAIRS
+  if constexpr (kBf16) return (Floats)dot_pairs((__m512)sum, (__m512i)word, (__m512i)words);
+#endif
+  return sum + word * words;
+}
+
+template <bool kBf16>
+inline Floats broadcast_word(const float* word) {
+  if constexpr (!kBf16) return broadcast(*word);
+  int32_t bits;
+  __builtin_memcpy(&bits, word, sizeof bits);
+  return bit_cast<Floats>(Ints{} + bits);
+}
+
+template <class T>
+inline Floats load_some(const T* from, int64_t count) {
   return count >= kLanes ? load(from) : count > 0 ? load_part(from, count) : Floats{};
+}
+
+// Words of two bf16 numbers, from what they are widened to.
+inline Floats paired(Floats even, Floats odd) {
+  return bit_cast<Floats>((bit_cast<Words>(even) >> 16) | bit_cast<Words>(odd));
 }
 
 inline void store_some(float* to, Floats x, int64_t count) {
@@ -63,6 +95,11 @@ struct Cut {
 
   int64_t most_ins() const { return groups_per_panel * group_in; }
 };
+
+// Whether rows of bf16 are multiplied as they are, two channels in a word.
+inline bool reads_bf16(DType dtype, const Cut& cut) {
+  return kHasBf16 && dtype == DType::bf16 && !cut.narrow && cut.group_in % 2 == 0;
+}
 
 struct Panel {
   int64_t first_out, outs, first_in, ins;

@@ -55,7 +55,8 @@ struct EpilogueArgs {
 
 // Masked convolution: out[o] = bias + sum over taps t of values[taps[o, t]] @ weight[:, :, t]^T; -1 adds nothing.
 struct MaskedConvArgs {
-  const float* values;        // (n_in, cin), contiguous
+  DType dtype;                // of values: the plan says which one the kernel reads
+  const void* values;         // (n_in, cin), contiguous
   DType weight_dtype;         // f32, bf16 or f16
   const void* weight;         // (cout, cin / groups, num_taps)
   int64_t weight_strides[3];  // in elements
@@ -67,8 +68,9 @@ struct MaskedConvArgs {
 
 // Its gradient in the weight: out[:, :, t] = sum over rows o of grad[o]^T values[taps[o, t]].
 struct MaskedConvWeightArgs {
-  const float* values;  // (n_in, cin), contiguous
-  const float* grad;    // (n_out, cout), contiguous
+  DType dtype;          // of values and grad: the plan says which one the kernel reads
+  const void* values;   // (n_in, cin), contiguous
+  const void* grad;     // (n_out, cout), contiguous
   const int32_t* taps;  // (n_out, num_taps)
   int64_t n_out, cin, cout, groups, num_taps;
   float* sums;  // scratch that all units share
@@ -89,11 +91,12 @@ struct GramArgs {
   float* out;                 // (num_layers, batch, batch)
 };
 
-// How a convolution or a Gram is cut for this instruction set; a function of the shapes alone.
+// How a convolution or a Gram is cut for this instruction set; a function of shapes and dtypes alone.
 struct ConvPlan {
-  int64_t units;         // independent work items
-  int64_t scratch;       // floats that each thread needs
-  int64_t sums;          // floats that all threads share (weight gradient)
+  DType dtype;      // in which a convolution reads rows: f32, or the caller's bf16 where the processor multiplies it
+  int64_t units;    // independent work items
+  int64_t scratch;  // floats that each thread needs
+  int64_t sums;     // floats that all threads share (weight gradient)
   int64_t reduce_units;  // work items of the second pass, 0 when there is none (weight gradient)
 };
 

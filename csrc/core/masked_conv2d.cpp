@@ -2,7 +2,7 @@
 //
 // A unit is one panel of output channels on one block of output rows, whose sums stay in the first-level cache until
 // all taps are added. A panel's weights are packed once per range of units and stay in the second level while all rows
-// use them; of one tap, kDepth input channels are multiplied at a time, so that their weights too stay in the first
+// use them; of one tap, a few input channels are multiplied at a time, so that their weights too stay in the first
 // level. The sum of an output element runs over the packed parts of the input channels, then over the taps, then over
 // the channels, whatever the units and the threads are.
 #include "core/conv_pack.h"
@@ -11,12 +11,12 @@ namespace fastmkd::FASTMKD_ISA {
 namespace {
 
 constexpr int64_t kRows = 64;           // output rows of a block
-constexpr int64_t kDepth = 64;          // input channels multiplied at a time
+constexpr int64_t kDepth = 64;          // words of a row multiplied at a time
 constexpr int64_t kPackedDepth = 256;   // input channels packed at a time: all taps of a wide panel take 576 KiB
 constexpr int64_t kGatheredRows = 256;  // output rows of a block whose taps are gathered side by side
 
 // sums[r] += rows[r] @ weights for kHeight rows.
-template <int kVectors, int kHeight>
+template <bool kBf16, int kVectors, int kHeight>
 inline void tile(const float* const* rows, int64_t offset, int64_t depth, const float* weights, float* const* sums) {
   const float* row[kHeight];
   Floats sum[kHeight][kVectors];
@@ -33,9 +33,9 @@ inline void tile(const float* const* rows, int64_t offset, int64_t depth, const 
     for (int v = 0; v < kVectors; ++v) weight[v] = load(weights + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kHeight; ++r) {
-      const Floats x = broadcast(row[r][k]);
+      const Floats x = broadcast_word<kBf16>(row[r] + k);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += x * weight[v];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add<kBf16>(sum[r][v], x, weight[v]);
     }
   }
 #pragma GCC unroll 16
@@ -45,25 +45,25 @@ inline void tile(const float* const* rows, int64_t offset, int64_t depth, const 
   }
 }
 
-template <int kVectors, int kHeight = kSums / kVectors>
+template <bool kBf16, int kVectors, int kHeight = kSums / kVectors>
 inline void tile_of(int64_t height, const float* const* rows, int64_t offset, int64_t depth, const float* weights,
                     float* const* sums) {
   if (height == kHeight) {
-    tile<kVectors, kHeight>(rows, offset, depth, weights, sums);
+    tile<kBf16, kVectors, kHeight>(rows, offset, depth, weights, sums);
   } else if constexpr (kHeight > 1) {
-    tile_of<kVectors, kHeight - 1>(height, rows, offset, depth, weights, sums);
+    tile_of<kBf16, kVectors, kHeight - 1>(height, rows, offset, depth, weights, sums);
   }
 }
 
 // Multiplies `count` pairs in whole tiles, the last two of them shared out evenly: short tiles waste registers.
-template <int kVectors>
-inline void multiply(const Pairs<float>& pairs, int64_t count, int64_t depth, const float* weights) {
+template <bool kBf16, int kVectors>
+void multiply(const Pairs<float>& pairs, int64_t count, int64_t depth, const float* weights) {
   constexpr int64_t kHeight = kSums / kVectors;
   for (int64_t k = 0; k < depth; k += kDepth, weights += kDepth * kVectors * kLanes) {
     for (int64_t i = 0; i < count;) {
       const int64_t left = count - i;
       const int64_t height = left >= 2 * kHeight || left <= kHeight ? smaller(left, kHeight) : (left + 1) / 2;
-      tile_of<kVectors>(height, pairs.ins + i, k, smaller(kDepth, depth - k), weights, pairs.outs + i);
+      tile_of<kBf16, kVectors>(height, pairs.ins + i, k, smaller(kDepth, depth - k), weights, pairs.outs + i);
       i += height;
     }
   }
@@ -77,7 +77,9 @@ struct Scratch {
 // One panel on the output rows [begin, end): input channels `ins` of it, the first of them start from the bias.
 void run_block(const MaskedConvArgs& args, const Cut& cut, const Panel& panel, Share ins, Share rows,
                const Scratch& scratch) {
-  const int64_t count = rows.end - rows.begin, depth = ins.end - ins.begin, columns = panel.columns;
+  const bool bf16 = reads_bf16(args.dtype, cut);
+  const int64_t word = bf16 ? 2 : 1;  // channels
+  const int64_t count = rows.end - rows.begin, depth = (ins.end - ins.begin) / word, columns = panel.columns;
   float* out = args.out + rows.begin * args.cout + panel.first_out;
   float* sums = scratch.sums;
   for (int64_t r = 0; r < count; ++r) {
@@ -86,16 +88,17 @@ void run_block(const MaskedConvArgs& args, const Cut& cut, const Panel& panel, S
       store(sums + r * columns + o, ins.begin == 0 ? load(scratch.bias + o) : load_some(from, panel.outs - o));
     }
   }
-  const auto multiply_panel = columns == kColumns ? multiply<2> : multiply<kWide>;
-  const float* values = args.values + panel.first_in + ins.begin;
+  const auto multiply_panel = columns == kColumns ? (bf16 ? multiply<kHasBf16, 2> : multiply<false, 2>)
+                                                  : (bf16 ? multiply<kHasBf16, kWide> : multiply<false, kWide>);
+  const float* values = static_cast<const float*>(args.values) + (panel.first_in + ins.begin) / word;
   if (cut.narrow) {
     gather_rows(values, args.cin, depth, args.taps, cut.taps, rows.begin, rows.end, scratch.gathered);
     list_rows(count, scratch.gathered, cut.taps * depth, sums, columns, scratch.pairs);
     multiply_panel(scratch.pairs, count, cut.taps * depth, scratch.packed);
   } else {
     for (int64_t t = 0; t < cut.taps; ++t) {
-      const int64_t present = list_pairs(args.taps + rows.begin * cut.taps + t, cut.taps, count, values, args.cin, sums,
-                                         columns, scratch.pairs);
+      const int64_t present = list_pairs(args.taps + rows.begin * cut.taps + t, cut.taps, count, values,
+                                         args.cin / word, sums, columns, scratch.pairs);
       multiply_panel(scratch.pairs, present, depth, scratch.packed + t * depth * columns);
     }
   }
@@ -120,6 +123,7 @@ ConvPlan masked_conv2d_plan(const MaskedConvArgs& args) {
   const Cut cut = cut_of(args);
   const int64_t rows = rows_of(cut);
   ConvPlan plan{};
+  plan.dtype = reads_bf16(args.dtype, cut) ? DType::bf16 : DType::f32;
   plan.units = cut.panels * ceil_div(args.n_out, rows);
   plan.scratch = (cut.taps * packed_depth(cut) + 1 + rows) * cut.columns + pairs_scratch(rows) +
                  (cut.narrow ? rows * cut.taps * cut.most_ins() : 0);
@@ -143,7 +147,8 @@ void masked_conv2d(const MaskedConvArgs& args, int64_t begin, int64_t end, float
     }
     const int64_t depths = ceil_div(panel.ins, packed_depth(cut));
     for (int64_t d = 0; d < depths; ++d) {
-      const Share ins = share(panel.ins, d, depths);
+      const Share words = share(panel.ins / 2, d, depths);
+      const Share ins{2 * words.begin, d + 1 == depths ? panel.ins : 2 * words.end};
       pack_panel(args, cut, panel, ins, parts.packed);
       for (int64_t unit = begin; unit < stop; ++unit) {
         run_block(args, cut, panel, ins, share(args.n_out, unit % blocks, blocks), parts);

@@ -19,6 +19,7 @@ constexpr int64_t kWantedUnits = 16;
 struct WeightCut {
   Cut channels;
   int64_t parts, chunks;
+  int64_t most_ins;    // of a part
   int64_t most_depth;  // rows of a unit's sums: tap-major, then input channel
   int64_t block_rows;
 };
@@ -28,10 +29,11 @@ WeightCut cut_of(const MaskedConvWeightArgs& args) {
   cut.channels = cut_channels(args.cin, args.cout, args.groups, args.num_taps);
   const bool splits = !cut.channels.narrow && cut.channels.groups_per_panel == 1;
   cut.parts = splits ? ceil_div(cut.channels.group_in, kIns) : 1;
-  const int64_t units = cut.channels.panels * cut.parts, ins = ceil_div(cut.channels.most_ins(), cut.parts);
+  const int64_t units = cut.channels.panels * cut.parts, ins = cut.channels.most_ins();
   cut.chunks = clamp(ceil_div(kWantedUnits, units), 1, larger(args.n_out / kMostRows, 1));
-  cut.most_depth = args.num_taps * ins;
-  cut.block_rows = clamp(kInputs / larger(cut.channels.narrow ? cut.most_depth : ins, 1), kPairs, kMostRows);
+  cut.most_ins = 2 * ceil_div(ins / 2, cut.parts) + ins % 2;
+  cut.most_depth = args.num_taps * cut.most_ins;
+  cut.block_rows = clamp(kInputs / (cut.channels.narrow ? cut.most_depth : cut.most_ins), kPairs, kMostRows);
   return cut;
 }
 
@@ -46,12 +48,13 @@ Unit unit_of(const WeightCut& cut, int64_t cout, int64_t index) {
   Unit unit{};
   unit.chunk = index / panels;
   unit.panel = panel_of(cut.channels, cout, index % panels / cut.parts);
-  unit.ins = share(unit.panel.ins, index % cut.parts, cut.parts);
+  const Share words = share(unit.panel.ins / 2, index % cut.parts, cut.parts);  // whole words of bf16
+  unit.ins = {2 * words.begin, index % cut.parts + 1 == cut.parts ? unit.panel.ins : 2 * words.end};
   return unit;
 }
 
-// sums[r] += sum over k of rows[k][r] * grads[k] for kHeight input channels.
-template <int kVectors, int kHeight>
+// sums[r] += sum over k of rows[k][r] * grads[k] for kHeight input channels; with kBf16, k counts pairs of rows.
+template <bool kBf16, int kVectors, int kHeight>
 inline void tile(const float* const* rows, int64_t offset, int64_t count, const float* grads, float* sums) {
   constexpr int64_t kWidth = kVectors * kLanes;
   Floats sum[kHeight][kVectors];
@@ -68,9 +71,9 @@ inline void tile(const float* const* rows, int64_t offset, int64_t count, const 
     for (int v = 0; v < kVectors; ++v) grad[v] = load(grads + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kHeight; ++r) {
-      const Floats x = broadcast(row[r]);
+      const Floats x = broadcast_word<kBf16>(row + r);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += x * grad[v];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add<kBf16>(sum[r][v], x, grad[v]);
     }
   }
 #pragma GCC unroll 16
@@ -80,60 +83,102 @@ inline void tile(const float* const* rows, int64_t offset, int64_t count, const 
   }
 }
 
-template <int kVectors, int kHeight = kSums / kVectors>
+template <bool kBf16, int kVectors, int kHeight = kSums / kVectors>
 inline void tile_of(int64_t height, const float* const* rows, int64_t offset, int64_t count, const float* grads,
                     float* sums) {
   if (height == kHeight) {
-    tile<kVectors, kHeight>(rows, offset, count, grads, sums);
+    tile<kBf16, kVectors, kHeight>(rows, offset, count, grads, sums);
   } else if constexpr (kHeight > 1) {
-    tile_of<kVectors, kHeight - 1>(height, rows, offset, count, grads, sums);
+    tile_of<kBf16, kVectors, kHeight - 1>(height, rows, offset, count, grads, sums);
   }
 }
 
 struct Scratch {
   float *grads, *sums, *gathered;
   Pairs<const float> pairs;
+  const float** words;  // rows of `gathered`
 };
 
+// Copies the gradients of the pairs `batch` side by side.
+inline void gather_grads(const Scratch& scratch, Share batch, int64_t columns, int64_t outs) {
+  float* to = scratch.grads;
+  for (int64_t i = batch.begin; i < batch.end; ++i, to += columns) {
+    const float* from = scratch.pairs.outs[i];
+    for (int64_t o = 0; o < columns; o += kLanes) store(to + o, load_some(from + o, outs - o));
+  }
+}
+
+// out[i] = words of a[i] and b[i]; without b, of a[i] and zero.
+inline void pair_up(const float* a, const float* b, int64_t count, int64_t padded, float* out) {
+  const Bf16 *even = reinterpret_cast<const Bf16*>(a), *odd = reinterpret_cast<const Bf16*>(b);
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    store_some(out + i,
+               paired(load_some(even + i, count - i), odd == nullptr ? Floats{} : load_some(odd + i, count - i)),
+               padded - i);
+  }
+}
+
+// The same for bf16: words of two pairs' gradients, and of their inputs. Returns how many.
+inline int64_t gather_words(const Scratch& scratch, Share batch, int64_t columns, int64_t outs, int64_t depth) {
+  const Pairs<const float>& pairs = scratch.pairs;
+  int64_t words = 0;
+  for (int64_t i = batch.begin; i < batch.end; i += 2, ++words) {
+    const bool alone = i + 1 == batch.end;
+    float* to = scratch.gathered + words * depth;
+    pair_up(pairs.outs[i], alone ? nullptr : pairs.outs[i + 1], outs, columns, scratch.grads + words * columns);
+    pair_up(pairs.ins[i], alone ? nullptr : pairs.ins[i + 1], depth, depth, to);
+    scratch.words[words] = to;
+  }
+  return words;
+}
+
 // Adds the outer products of `count` pairs; `outs` columns of the panel are real.
-template <int kVectors>
+template <bool kBf16, int kVectors>
 void multiply(const Scratch& scratch, int64_t count, int64_t depth, int64_t outs, float* sums) {
   constexpr int64_t kWidth = kVectors * kLanes;
   const int64_t batches = ceil_div(count, kPairs);
   for (int64_t b = 0; b < batches; ++b) {
     const Share batch = share(count, b, batches);
-    float* to = scratch.grads;
-    for (int64_t i = batch.begin; i < batch.end; ++i) {
-      for (int64_t o = 0; o < kWidth; o += kLanes, to += kLanes)
-        store(to, load_some(scratch.pairs.outs[i] + o, outs - o));
+    int64_t length = batch.end - batch.begin;
+    if (kBf16) {
+      length = gather_words(scratch, batch, kWidth, outs, depth);
+    } else {
+      gather_grads(scratch, batch, kWidth, outs);
     }
+    const float* const* rows = kBf16 ? scratch.words : scratch.pairs.ins + batch.begin;
     const int64_t tiles = ceil_div(depth, kSums / kVectors);
     for (int64_t i = 0; i < tiles; ++i) {
       const Share part = share(depth, i, tiles);
-      tile_of<kVectors>(part.end - part.begin, scratch.pairs.ins + batch.begin, part.begin, batch.end - batch.begin,
-                        scratch.grads, sums + part.begin * kWidth);
+      tile_of<kBf16, kVectors>(part.end - part.begin, rows, part.begin, length, scratch.grads,
+                               sums + part.begin * kWidth);
     }
   }
 }
 
+inline bool reads_bf16(const MaskedConvWeightArgs& args, const Cut& cut) {
+  return reads_bf16(args.dtype, cut) && cut.group_out % 2 == 0;
+}
+
 void add_block(const MaskedConvWeightArgs& args, const WeightCut& cut, const Unit& unit, Share block,
                const Scratch& scratch, float* sums) {
-  const float* values = args.values + unit.panel.first_in + unit.ins.begin;
-  const float* grads = args.grad + unit.panel.first_out;
-  const int64_t ins = unit.ins.end - unit.ins.begin, taps = args.num_taps;
-  const auto multiply_panel = unit.panel.columns == kColumns ? multiply<2> : multiply<kWide>;
+  const bool bf16 = reads_bf16(args, cut.channels);
+  const int64_t word = bf16 ? 2 : 1;  // channels that lie in four bytes
+  const float* values = static_cast<const float*>(args.values) + (unit.panel.first_in + unit.ins.begin) / word;
+  const float* grads = static_cast<const float*>(args.grad) + (block.begin * args.cout + unit.panel.first_out) / word;
+  const int64_t ins = unit.ins.end - unit.ins.begin, taps = args.num_taps, count = block.end - block.begin;
+  const auto multiply_panel = unit.panel.columns == kColumns
+                                  ? (bf16 ? multiply<kHasBf16, 2> : multiply<false, 2>)
+                                  : (bf16 ? multiply<kHasBf16, kWide> : multiply<false, kWide>);
   if (cut.channels.narrow) {
-    const int64_t depth = taps * ins;
     gather_rows(values, args.cin, ins, args.taps, taps, block.begin, block.end, scratch.gathered);
-    const int64_t count = block.end - block.begin;
-    list_rows(count, scratch.gathered, depth, grads + block.begin * args.cout, args.cout, scratch.pairs);
-    multiply_panel(scratch, count, depth, unit.panel.outs, sums);
+    list_rows(count, scratch.gathered, taps * ins, grads, args.cout, scratch.pairs);
+    multiply_panel(scratch, count, taps * ins, unit.panel.outs, sums);
     return;
   }
   for (int64_t t = 0; t < taps; ++t) {
-    const int64_t count = list_pairs(args.taps + block.begin * taps + t, taps, block.end - block.begin, values,
-                                     args.cin, grads + block.begin * args.cout, args.cout, scratch.pairs);
-    multiply_panel(scratch, count, ins, unit.panel.outs, sums + t * ins * unit.panel.columns);
+    const int64_t present = list_pairs(args.taps + block.begin * taps + t, taps, count, values, args.cin / word, grads,
+                                       args.cout / word, scratch.pairs);
+    multiply_panel(scratch, present, ins, unit.panel.outs, sums + t * ins * unit.panel.columns);
   }
 }
 
@@ -181,9 +226,11 @@ ConvPlan masked_conv2d_weight_plan(const MaskedConvWeightArgs& args) {
   const WeightCut cut = cut_of(args);
   const int64_t panels = cut.channels.panels * cut.parts;
   ConvPlan plan{};
+  plan.dtype = reads_bf16(args, cut.channels) ? DType::bf16 : DType::f32;
   plan.units = panels * cut.chunks;
+  const int64_t gathered = cut.channels.narrow ? cut.block_rows * cut.most_depth : kPairs / 2 * cut.most_ins;
   plan.scratch = (kPairs + cut.most_depth) * cut.channels.columns + pairs_scratch(cut.block_rows + kAhead) +
-                 (cut.channels.narrow ? cut.block_rows * cut.most_depth : 0);
+                 pairs_scratch(kPairs / 2 + kAhead) + gathered;
   plan.sums = cut.chunks > 1 ? plan.units * cut.most_depth * cut.channels.columns : 0;
   plan.reduce_units = cut.chunks > 1 ? panels : 0;
   return plan;
@@ -196,7 +243,9 @@ void masked_conv2d_weight(const MaskedConvWeightArgs& args, int64_t begin, int64
   parts.sums = parts.grads + kPairs * cut.channels.columns;
   float* pairs = parts.sums + cut.most_depth * cut.channels.columns;
   parts.pairs = pairs_in<const float>(pairs, cut.block_rows + kAhead);
-  parts.gathered = pairs + pairs_scratch(cut.block_rows + kAhead);
+  pairs += pairs_scratch(cut.block_rows + kAhead);
+  parts.words = pairs_in<const float>(pairs, kPairs / 2 + kAhead).ins;
+  parts.gathered = pairs + pairs_scratch(kPairs / 2 + kAhead);
   for (int64_t index = begin; index < end; ++index) {
     const Unit unit = unit_of(cut, args.cout, index);
     float* sums = cut.chunks > 1 ? args.sums + index * cut.most_depth * cut.channels.columns : parts.sums;

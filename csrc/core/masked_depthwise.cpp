@@ -118,7 +118,7 @@ void masked_depthwise(const MaskedConvArgs& args, int64_t begin, int64_t end, fl
       for (int64_t r = 0; r < kRowTile; ++r) {
         const int32_t n = r < rows ? args.taps[(o + r) * taps + t] : -1;
         any |= n >= 0;
-        present[count][r] = n >= 0 ? args.values + n * args.cin : zeros;
+        present[count][r] = n >= 0 ? static_cast<const float*>(args.values) + n * args.cin : zeros;
       }
       tap_of[count] = static_cast<int32_t>(t);
       count += any;
@@ -155,14 +155,14 @@ inline void tap_tile(const MaskedConvWeightArgs& args, int64_t first_tap, int64_
   for (int64_t i = 0; i < kTapTile; ++i) tap[i] = first_tap + smaller(i, taps - 1);
   Floats sum[kTapTile][2]{};
   for (int64_t o = begin; o < end; ++o) {
-    const float* grad = args.grad + o * args.cout + c;
+    const float* grad = static_cast<const float*>(args.grad) + o * args.cout + c;
     const int32_t* row = args.taps + o * args.num_taps;
     const Floats left = kWhole ? load(grad) : load_some(grad, rest);
     const Floats right = kWhole ? load(grad + kLanes) : load_some(grad + kLanes, rest - kLanes);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kTapTile; ++i) {
       const int32_t n = row[tap[i]];
-      const float* x = n >= 0 ? args.values + n * args.cin + c : zeros;
+      const float* x = n >= 0 ? static_cast<const float*>(args.values) + n * args.cin + c : zeros;
       sum[i][0] += (kWhole ? load(x) : load_some(x, rest)) * left;
       sum[i][1] += (kWhole ? load(x + kLanes) : load_some(x + kLanes, rest - kLanes)) * right;
     }

@@ -264,7 +264,7 @@ std::vector<double> masked_conv2d(const MaskedConvArgs& args) {
   for_each_product(args, [&](int64_t o, int64_t x, int64_t c, int64_t i, int64_t t) {
     const int64_t* strides = args.weight_strides;
     const double w = decode(args.weight_dtype, args.weight, c * strides[0] + i * strides[1] + t * strides[2]);
-    out[static_cast<size_t>(o * args.cout + c)] += static_cast<double>(args.values[x]) * w;
+    out[static_cast<size_t>(o * args.cout + c)] += decode(args.dtype, args.values, x) * w;
   });
   return out;
 }
@@ -274,7 +274,7 @@ std::vector<double> masked_conv2d_weight(const MaskedConvWeightArgs& args) {
   std::vector<double> out(static_cast<size_t>(args.cout * group_in * args.num_taps));
   for_each_product(args, [&](int64_t o, int64_t x, int64_t c, int64_t i, int64_t t) {
     out[static_cast<size_t>((c * group_in + i) * args.num_taps + t)] +=
-        static_cast<double>(args.values[x]) * static_cast<double>(args.grad[o * args.cout + c]);
+        decode(args.dtype, args.values, x) * decode(args.dtype, args.grad, o * args.cout + c);
   });
   return out;
 }

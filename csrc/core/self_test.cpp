@@ -28,8 +28,10 @@ std::vector<SelfTestResult> self_test() {
     for (const check::ConvShape& shape :
          {check::ConvShape{40, 50, 20, 37, 1, 9}, check::ConvShape{40, 50, 24, 24, 24, 9}}) {
       const char* name = shape.groups == 1 ? "masked_conv2d" : "masked_depthwise";
-      record(isa, name, check::masked_conv2d(table, DType::f32, shape, check::WeightLayout::contiguous));
-      record(isa, name, check::masked_conv2d_weight(table, shape));
+      for (DType dtype : {DType::f32, DType::bf16}) {
+        record(isa, name, check::masked_conv2d(table, dtype, shape, check::WeightLayout::contiguous));
+        record(isa, name, check::masked_conv2d_weight(table, dtype, shape));
+      }
     }
     record(isa, "select_tokens", check::select_tokens(table, {3, 7, 9, 7, 9, 31}));
     record(isa, "select_tokens resized", check::select_tokens(table, {3, 7, 9, 12, 5, 31}));

@@ -136,17 +136,19 @@ Tensor masked_conv2d(const Tensor& values, const Tensor& weight, const std::opti
   args.weight_strides[0] = kernel.stride(0);
   args.weight_strides[1] = kernel.stride(1);
   args.weight_strides[2] = kernel.size(3) == 1 ? kernel.stride(2) : kernel.stride(3);
-  const Tensor rows = widened(values, "values");
   const std::optional<Tensor> wide_bias = bias ? std::optional<Tensor>(widened(*bias, "bias")) : std::nullopt;
   Tensor out = float_tensor(values, {args.n_out, args.cout});
-  args.values = rows.const_data_ptr<float>();
   args.bias = wide_bias ? wide_bias->const_data_ptr<float>() : nullptr;
   args.taps = taps.const_data_ptr<int32_t>();
   args.out = out.mutable_data_ptr<float>();
 
   const Kernels& table = kernels();
   const bool depthwise = groups == args.cin && groups == args.cout;
+  args.dtype = core_dtype(values, "values");
   const ConvPlan plan = (depthwise ? table.masked_depthwise_plan : table.masked_conv2d_plan)(args);
+  const Tensor rows = plan.dtype == args.dtype ? values : widened(values, "values");
+  args.dtype = plan.dtype;
+  args.values = rows.const_data_ptr();
   const auto run = depthwise ? table.masked_depthwise : table.masked_conv2d;
   const double work = static_cast<double>(args.n_out) * static_cast<double>(weight.numel());
   torch::stable::parallel_for(0, plan.units, grain(plan.units, work),
@@ -173,16 +175,19 @@ Tensor masked_conv2d_weight(const Tensor& values, const Tensor& grad, const Tens
   check_order(order, "order", args.n_out);
   check_row_numbers(taps, "taps", values.size(0));
 
-  const Tensor rows = widened(values, "values"), grads = widened(grad, "grad");
   Tensor out = float_tensor(values, {args.cout, args.cin / groups, kh, kw});
-  args.values = rows.const_data_ptr<float>();
-  args.grad = grads.const_data_ptr<float>();
   args.taps = taps.const_data_ptr<int32_t>();
   args.out = out.mutable_data_ptr<float>();
 
   const Kernels& table = kernels();
   const bool depthwise = groups == args.cin && groups == args.cout;
+  args.dtype = core_dtype(values, "values");
   const ConvPlan plan = (depthwise ? table.masked_depthwise_weight_plan : table.masked_conv2d_weight_plan)(args);
+  const bool widens = plan.dtype != args.dtype;
+  const Tensor rows = widens ? widened(values, "values") : values, grads = widens ? widened(grad, "grad") : grad;
+  args.dtype = plan.dtype;
+  args.values = rows.const_data_ptr();
+  args.grad = grads.const_data_ptr();
   const auto run = depthwise ? table.masked_depthwise_weight : table.masked_conv2d_weight;
   const auto reduce = depthwise ? table.masked_depthwise_weight_reduce : table.masked_conv2d_weight_reduce;
   Tensor sums = float_tensor(values, {plan.sums});

@@ -124,7 +124,9 @@ void test_masked_convolutions(Isa isa) {
       expect(check::masked_conv2d(table, DType::bf16, shape, check::WeightLayout::transposed),
              name + " transposed bf16");
     }
-    expect(check::masked_conv2d_weight(table, shape), name + " weight");
+    for (DType dtype : {DType::f32, DType::bf16}) {
+      expect(check::masked_conv2d_weight(table, dtype, shape), name + " weight");
+    }
   }
 }
 
