@@ -393,3 +393,11 @@ class PackedFeatures:
 
     def __neg__(self) -> PackedFeatures:
         return _functions.neg(self)
+
+    # Without it, Python would compare maps as objects and answer with one bool.
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, (Tensor, PackedFeatures, int, float)):
+            raise self._unsupported("a comparison")
+        return NotImplemented
+
+    __hash__ = object.__hash__

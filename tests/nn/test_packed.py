@@ -323,6 +323,8 @@ BELONG = "do not belong together; both need the same mask"
         (lambda x: F.interpolate(x, scale_factor=2), TypeError, "interpolate is not supported"),
         (lambda x: F.pad(x, (1, 1)), TypeError, "pad is not supported"),
         (lambda x: x[0], TypeError, "indexing with 0 is not supported"),
+        (lambda x: x == x.relu(), TypeError, r"a comparison is not supported .* call \.to_dense\(\) first"),
+        (lambda x: x != 0, TypeError, "a comparison is not supported"),
         (lambda x: x[:, :, ::2, ::2], TypeError, r"indexing with \(slice.* is not supported"),
         (lambda x: x[:, 1], TypeError, "indexing with .* is not supported"),
         (lambda x: torch.ones(4).expand_as(x), TypeError, "expand_as is not supported"),
