@@ -26,7 +26,6 @@ struct Runs {
   const float** inputs;
   int32_t* taps;  // beside the inputs, of rows by themselves
   int64_t count;
-  bool single;  // no windows
 };
 
 constexpr int64_t kRunFloats = sizeof(Run) / sizeof(float);
@@ -36,7 +35,7 @@ inline int64_t runs_scratch(int64_t num_taps) { return kBlockRows * (3 * num_tap
 inline Runs runs_in(float* scratch, int64_t num_taps) {
   float* inputs = scratch + kBlockRows * kRunFloats;
   return {reinterpret_cast<Run*>(scratch), reinterpret_cast<const float**>(inputs),
-          reinterpret_cast<int32_t*>(inputs + 2 * kBlockRows * num_taps), 0, true};
+          reinterpret_cast<int32_t*>(inputs + 2 * kBlockRows * num_taps), 0};
 }
 
 struct Rows {
@@ -124,7 +123,6 @@ inline void list_taps(const Rows& rows, Run& run, const float** to, int32_t* tap
 template <int kKernel>
 inline void list_runs(const Rows& rows, int64_t begin, int64_t end, Runs& to) {
   to.count = 0;
-  to.single = true;
   for (int64_t row = begin, at = 0; row < end;) {
     Run run{row, 1, 1, 0, 0};
     if constexpr (kKernel > 0) run = run_at<kKernel>(rows, row, end);
@@ -132,7 +130,6 @@ inline void list_runs(const Rows& rows, int64_t begin, int64_t end, Runs& to) {
     if constexpr (kKernel > 0) {
       if (run.rows > 1) list_windows<kKernel>(rows, run, to.inputs + at);
     }
-    to.single &= run.rows == 1;
     to.runs[to.count++] = run;
     at += run.count;
     row += run.rows;
@@ -181,13 +178,14 @@ inline void visit_row(const Work& work, const Run& run, const float* const* inpu
 }
 
 // Visits all runs of output rows [begin, end) for vectors [from, to) of channels, a panel of vectors at a time: narrow
-// where windows come back to the same inputs, else as wide as the first-level cache holds a weight for every tap.
+// where windows come back to the same inputs, else as wide as the first-level cache holds weights for all taps.
 template <int kKernel, class Work>
 void visit(const Work& work, const Rows& rows, int64_t begin, int64_t end, int64_t from, int64_t to, Runs runs) {
-  const int64_t widest = clamp(200 / rows.num_taps, 2, 16);
+  const int64_t widest = clamp(200 / rows.num_taps, 4, 16);
   for (int64_t first = begin; first < end; first += kBlockRows) {
-    list_runs<kKernel>(rows, first, smaller(first + kBlockRows, end), runs);
-    const int64_t panel = runs.single ? widest : 2;
+    const int64_t block = smaller(kBlockRows, end - first);
+    list_runs<kKernel>(rows, first, first + block, runs);
+    const int64_t panel = 2 * runs.count < block ? 4 : widest;
     for (int64_t v = from; v < to; v += panel) {
       const int64_t last = smaller(v + panel, to);
       const float* const* inputs = runs.inputs;
