@@ -243,6 +243,17 @@ std::vector<int32_t> random_taps(const ConvShape& shape) {
   for (size_t i = 0; i < taps.size(); ++i) {
     taps[i] = i < as_size(shape.taps) || third(engine) == 0 ? -1 : row(engine);
   }
+  // Windows of a square kernel that slide over the rows of a map, to the right and to the left in turn.
+  const auto kernel = static_cast<int64_t>(std::lround(std::sqrt(static_cast<double>(shape.taps))));
+  constexpr int64_t kWidth = 13;
+  for (int64_t o = shape.n_out / 2; o < shape.n_out && kernel * kernel == shape.taps; ++o) {
+    const int64_t line = o / kWidth, left = line % 2 == 0 ? o % kWidth : kWidth - 1 - o % kWidth;
+    for (int64_t t = 0; t < shape.taps; ++t) {
+      const int64_t y = line + t / kernel, x = left + t % kernel;
+      const bool absent = y % 4 == 0 || x % 6 == 0;
+      taps[as_size(o * shape.taps + t)] = absent ? -1 : static_cast<int32_t>((y * kWidth + x) % shape.n_in);
+    }
+  }
   return taps;
 }
 

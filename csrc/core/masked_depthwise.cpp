@@ -1,106 +1,135 @@
 // Depthwise masked convolution and its weight gradient: one weight per tap and channel, vectorised over the channels.
-#include "core/conv_tile.h"
+//
+// core/depthwise_runs.h looks through a block of rows once and then visits it a panel of channels at a time. A sum runs
+// over the taps in their order, however the rows were grouped.
+#include "core/depthwise_runs.h"
 
 namespace fastmkd::FASTMKD_ISA {
 namespace {
 
-constexpr int64_t kRowTile = 4;  // output rows that share the loads of the weights
-constexpr int64_t kTapTile = kLanes == 16 ? 8 : 4;
-constexpr int64_t kBlockRows = 256;  // output rows of a forward unit
+constexpr int64_t kUnitRows = 16;    // output rows of a forward unit
+constexpr int64_t kGroup = 8;        // vectors of channels of a unit of the weight gradient
 constexpr int64_t kChunkRows = 512;  // least rows of a chunk of the weight gradient
 constexpr int64_t kMostChunks = 16;
 
-inline int64_t padded(int64_t channels) { return ceil_div(channels, kColumns) * kColumns; }
+template <bool kWhole>
+inline Floats load_channels(const float* from, int64_t channels) {
+  return kWhole ? load(from) : load_part(from, channels);
+}
 
-// [tap][channel], channels padded with zeros.
+// [tap][channel], padded with zeros to a whole vector.
 template <class T>
 void pack(const MaskedConvArgs& args, float* to) {
   const T* weight = static_cast<const T*>(args.weight);
-  const int64_t width = padded(args.cout);
-  for (int64_t t = 0; t < args.num_taps; ++t) {
-    for (int64_t c = 0; c < width; ++c) {
-      const T* from = weight + c * args.weight_strides[0] + t * args.weight_strides[2];
-      to[t * width + c] = c < args.cout ? widened(*from) : 0.0f;
+  const int64_t width = vectors(args.cout) * kLanes, *strides = args.weight_strides;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    for (int64_t t = 0; t < args.num_taps; t += kLanes) {
+      const int64_t taps = smaller(kLanes, args.num_taps - t);
+      Floats block[kLanes]{};
+      for (int64_t i = 0; i < smaller(kLanes, args.cout - c); ++i) {
+        const T* from = weight + (c + i) * strides[0] + t * strides[2];
+        if (strides[2] == 1) {
+          block[i] = taps == kLanes ? load(from) : load_part(from, taps);
+        } else {
+          for (int64_t j = 0; j < taps; ++j) block[i][j] = widened(from[j * strides[2]]);
+        }
+      }
+      transpose(block);
+      for (int64_t j = 0; j < taps; ++j) store(to + (t + j) * width + c, block[j]);
     }
   }
 }
 
-// kRowTile rows, or fewer when rows repeat, and two vectors of channels.
-inline void tile(const MaskedConvArgs& args, const float* (*present)[kRowTile], const int32_t* tap_of, int64_t count,
-                 const float* weights, int64_t c, float* const* outs, int64_t rows) {
-  const int64_t rest = args.cout - c, width = padded(args.cout);
-  const float* bias = args.bias;
-  Floats sum[kRowTile][2];
-#pragma GCC unroll 4
-  for (int64_t r = 0; r < kRowTile; ++r) {
-    sum[r][0] = bias == nullptr ? Floats{} : load_some(bias + c, rest);
-    sum[r][1] = bias == nullptr ? Floats{} : load_some(bias + c + kLanes, rest - kLanes);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const float* w = weights + tap_of[i] * width + c;
-    const Floats left = load(w), right = load(w + kLanes);
-#pragma GCC unroll 4
-    for (int64_t r = 0; r < kRowTile; ++r) {
-      const float* x = present[i][r] + c;
-      sum[r][0] += (rest >= kLanes ? load(x) : load_some(x, rest)) * left;
-      if (rest > kLanes) sum[r][1] += load_some(x + kLanes, rest - kLanes) * right;
-    }
-  }
-#pragma GCC unroll 4
-  for (int64_t r = 0; r < kRowTile; ++r) {  // a loop of unknown length would keep the sums in memory
-    if (r >= rows) break;
-    store_some(outs[r] + c, sum[r][0], rest);
-    store_some(outs[r] + c + kLanes, sum[r][1], rest - kLanes);
-  }
-}
+struct Forward {
+  const MaskedConvArgs& args;
+  const float* weights;
+  int64_t width;
 
-// The same for channels that fill both vectors.
-inline void whole_tile(const MaskedConvArgs& args, const float* (*present)[kRowTile], const int32_t* tap_of,
-                       int64_t count, const float* weights, int64_t c, float* const* outs, int64_t rows) {
-  const int64_t width = padded(args.cout);
-  Floats sum[kRowTile][2]{};
-  if (args.bias != nullptr) {
-#pragma GCC unroll 4
-    for (int64_t r = 0; r < kRowTile; ++r) {
-      sum[r][0] = load(args.bias + c);
-      sum[r][1] = load(args.bias + c + kLanes);
+  // Sums of kRows windows and kVectors vectors of channels in registers; an input is loaded once for all of them.
+  template <int kKernel, int kRows, int kVectors>
+  void windows(int64_t vector, const Run& run, const float* const* inputs) const {
+    constexpr int kSpan = kRows + kKernel - 1;
+    const int64_t c = start_of(vector, args.cout);
+    Floats sum[kRows][kVectors]{};
+    if (args.bias != nullptr) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = load(args.bias + c + v * kLanes);
+      }
+    }
+    const float* row = weights + c;
+    for (uint32_t present = run.present; present != 0; present >>= 1, row += kKernel * width) {
+      if (!(present & 1)) continue;
+      Floats weight[kKernel][kVectors];
+#pragma GCC unroll 7
+      for (int k = 0; k < kKernel; ++k) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) weight[k][v] = load(row + k * width + v * kLanes);
+      }
+#pragma GCC unroll 14
+      for (int j = 0; j < kSpan; ++j) {
+        Floats x[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) x[v] = load(inputs[j] + c + v * kLanes);
+#pragma GCC unroll 7
+        for (int k = 0; k < kKernel; ++k) {
+          if (j < k || j - k >= kRows) continue;
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) sum[j - k][v] += x[v] * weight[k][v];
+        }
+      }
+      inputs += kSpan;
+    }
+    float* out = args.out + run.first * args.cout + c;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r, out += run.step * args.cout) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, sum[r][v]);
     }
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const float* w = weights + tap_of[i] * width + c;
-    const Floats left = load(w), right = load(w + kLanes);
+
+  template <int kVectors, bool kWhole>
+  void row(int64_t vector, const Run& run, const float* const* inputs, const int32_t* taps) const {
+    const int64_t c = start_of(vector, args.cout);
+    Floats sum[kVectors]{};
+    if (args.bias != nullptr) {
 #pragma GCC unroll 4
-    for (int64_t r = 0; r < kRowTile; ++r) {
-      const float* x = present[i][r] + c;
-      sum[r][0] += load(x) * left;
-      sum[r][1] += load(x + kLanes) * right;
+      for (int v = 0; v < kVectors; ++v) sum[v] = load_channels<kWhole>(args.bias + c + v * kLanes, args.cout);
+    }
+    for (int32_t i = 0; i < run.count; ++i) {
+      const float *x = inputs[i] + c, *weight = weights + taps[i] * width + c;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sum[v] += load_channels<kWhole>(x + v * kLanes, args.cout) * load(weight + v * kLanes);
+      }
+    }
+    float* out = args.out + run.first * args.cout + c;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      if (kWhole) {
+        store(out + v * kLanes, sum[v]);
+      } else {
+        store_part(out, sum[v], args.cout);
+      }
     }
   }
-#pragma GCC unroll 4
-  for (int64_t r = 0; r < kRowTile; ++r) {
-    if (r >= rows) break;
-    store(outs[r] + c, sum[r][0]);
-    store(outs[r] + c + kLanes, sum[r][1]);
-  }
-}
+};
 
 }  // namespace
 
-// The scratch of a thread: weights, a row of zeros, and for one row tile the present taps with their input rows.
+// The scratch of a thread: weights, a row of zeros, and the runs of a block.
 ConvPlan masked_depthwise_plan(const MaskedConvArgs& args) {
-  const int64_t width = padded(args.cout);
+  const int64_t width = vectors(args.cout) * kLanes;
   ConvPlan plan{};
-  plan.units = ceil_div(args.n_out, kBlockRows);
-  plan.scratch = args.num_taps * (width + 2 * kRowTile + 1) + width;
+  plan.units = ceil_div(args.n_out, kUnitRows);
+  plan.scratch = (args.num_taps + 1) * width + runs_scratch(args.num_taps);
   return plan;
 }
 
 void masked_depthwise(const MaskedConvArgs& args, int64_t begin, int64_t end, float* scratch) {
-  const int64_t width = padded(args.cout), taps = args.num_taps;
-  const float*(*present)[kRowTile] = reinterpret_cast<const float*(*)[kRowTile]>(scratch);
-  float* weights = scratch + 2 * kRowTile * taps;
-  float* zeros = weights + taps * width;
-  int32_t* tap_of = reinterpret_cast<int32_t*>(zeros + width);
+  const int64_t width = vectors(args.cout) * kLanes;
+  float *weights = scratch, *zeros = weights + args.num_taps * width;
   for (int64_t i = 0; i < width; ++i) zeros[i] = 0.0f;
   if (args.weight_dtype == DType::f32) {
     pack<float>(args, weights);
@@ -109,122 +138,136 @@ void masked_depthwise(const MaskedConvArgs& args, int64_t begin, int64_t end, fl
   } else {
     pack<Half>(args, weights);
   }
-  const int64_t last = smaller(end * kBlockRows, args.n_out);
-  for (int64_t o = begin * kBlockRows; o < last; o += kRowTile) {
-    const int64_t rows = smaller(kRowTile, last - o);
-    int64_t count = 0;
-    for (int64_t t = 0; t < taps; ++t) {
-      bool any = false;
-      for (int64_t r = 0; r < kRowTile; ++r) {
-        const int32_t n = r < rows ? args.taps[(o + r) * taps + t] : -1;
-        any |= n >= 0;
-        present[count][r] = n >= 0 ? static_cast<const float*>(args.values) + n * args.cin : zeros;
-      }
-      tap_of[count] = static_cast<int32_t>(t);
-      count += any;
-    }
-    float* outs[kRowTile];
-    for (int64_t r = 0; r < rows; ++r) outs[r] = args.out + (o + r) * args.cout;
-    for (int64_t c = 0; c < args.cout; c += kColumns) {
-      if (args.cout - c >= kColumns) {
-        whole_tile(args, present, tap_of, count, weights, c, outs, rows);
-      } else {
-        tile(args, present, tap_of, count, weights, c, outs, rows);
-      }
-    }
-  }
+  const Rows rows{args.taps, args.num_taps, static_cast<const float*>(args.values), zeros, args.cin};
+  visit(Forward{args, weights, width}, rows, begin * kUnitRows, smaller(end * kUnitRows, args.n_out), 0,
+        vectors(args.cout), runs_in(zeros + width, args.num_taps));
 }
 
 namespace {
 
+// The rows are cut into chunks, the channels into groups; a unit is a chunk of a group.
 struct DepthwiseCut {
-  int64_t panels, chunks;
+  int64_t groups, chunks, width;
+
+  Share vectors_of(int64_t group) const { return {group * kGroup, smaller((group + 1) * kGroup, width / kLanes)}; }
 };
 
 inline DepthwiseCut cut_of(const MaskedConvWeightArgs& args) {
-  return {ceil_div(args.cout, kColumns), clamp(args.n_out / kChunkRows, 1, kMostChunks)};
+  return {ceil_div(vectors(args.cout), kGroup), clamp(args.n_out / kChunkRows, 1, kMostChunks),
+          vectors(args.cout) * kLanes};
 }
 
-// sums[t] += x[t-th tap] * grad over rows [begin, end) for kTapTile taps (those past `taps` repeat the last one) and
-// one panel of channels.
-template <bool kWhole>
-inline void tap_tile(const MaskedConvWeightArgs& args, int64_t first_tap, int64_t taps, int64_t c, int64_t begin,
-                     int64_t end, const float* zeros, float* sums) {
-  const int64_t rest = args.cout - c;
-  int64_t tap[kTapTile];
-  for (int64_t i = 0; i < kTapTile; ++i) tap[i] = first_tap + smaller(i, taps - 1);
-  Floats sum[kTapTile][2]{};
-  for (int64_t o = begin; o < end; ++o) {
-    const float* grad = static_cast<const float*>(args.grad) + o * args.cout + c;
-    const int32_t* row = args.taps + o * args.num_taps;
-    const Floats left = kWhole ? load(grad) : load_some(grad, rest);
-    const Floats right = kWhole ? load(grad + kLanes) : load_some(grad + kLanes, rest - kLanes);
+// Adds up sums[tap][channel], where a last vector of channels has its place for itself.
+struct WeightGradient {
+  const MaskedConvWeightArgs& args;
+  float* sums;
+  int64_t width;
+
+  // The sums of a kernel row in registers, and the gradients of all windows.
+  template <int kKernel, int kRows, int kVectors>
+  void windows(int64_t vector, const Run& run, const float* const* inputs) const {
+    constexpr int kSpan = kRows + kKernel - 1;
+    const int64_t c = start_of(vector, args.cout);
+    Floats grad[kRows][kVectors];
+    const float* from = static_cast<const float*>(args.grad) + run.first * args.cout + c;
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < kTapTile; ++i) {
-      const int32_t n = row[tap[i]];
-      const float* x = n >= 0 ? static_cast<const float*>(args.values) + n * args.cin + c : zeros;
-      sum[i][0] += (kWhole ? load(x) : load_some(x, rest)) * left;
-      sum[i][1] += (kWhole ? load(x + kLanes) : load_some(x + kLanes, rest - kLanes)) * right;
+    for (int r = 0; r < kRows; ++r, from += run.step * args.cout) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) grad[r][v] = load(from + v * kLanes);
+    }
+    float* row = sums + vector * kLanes;
+    for (uint32_t present = run.present; present != 0; present >>= 1, row += kKernel * width) {
+      if (!(present & 1)) continue;
+      Floats sum[kKernel][kVectors];
+#pragma GCC unroll 7
+      for (int k = 0; k < kKernel; ++k) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[k][v] = load(row + k * width + v * kLanes);
+      }
+#pragma GCC unroll 14
+      for (int j = 0; j < kSpan; ++j) {
+        Floats x[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) x[v] = load(inputs[j] + c + v * kLanes);
+#pragma GCC unroll 7
+        for (int k = 0; k < kKernel; ++k) {
+          if (j < k || j - k >= kRows) continue;
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) sum[k][v] += x[v] * grad[j - k][v];
+        }
+      }
+#pragma GCC unroll 7
+      for (int k = 0; k < kKernel; ++k) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) store(row + k * width + v * kLanes, sum[k][v]);
+      }
+      inputs += kSpan;
     }
   }
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < kTapTile; ++i) {
-    if (i >= taps) break;
-    float* to = sums + (first_tap + i) * kColumns;
-    store(to, load(to) + sum[i][0]);
-    store(to + kLanes, load(to + kLanes) + sum[i][1]);
+
+  template <int kVectors, bool kWhole>
+  void row(int64_t vector, const Run& run, const float* const* inputs, const int32_t* taps) const {
+    const int64_t c = start_of(vector, args.cout);
+    const float* from = static_cast<const float*>(args.grad) + run.first * args.cout + c;
+    Floats grad[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      grad[v] = load_channels<kWhole>(from + v * kLanes, args.cout);
+    }
+    for (int32_t i = 0; i < run.count; ++i) {
+      const float* x = inputs[i] + c;
+      float* sum = sums + taps[i] * width + vector * kLanes;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        store(sum + v * kLanes, load(sum + v * kLanes) + load_channels<kWhole>(x + v * kLanes, args.cout) * grad[v]);
+      }
+    }
   }
-}
+};
 
 }  // namespace
 
+// The sums are [chunk][tap][channel]; the scratch of a thread is a row of zeros and the runs of a block.
 ConvPlan masked_depthwise_weight_plan(const MaskedConvWeightArgs& args) {
   const DepthwiseCut cut = cut_of(args);
   ConvPlan plan{};
-  plan.units = cut.panels * cut.chunks;
-  plan.scratch = kColumns;
-  plan.sums = plan.units * args.num_taps * kColumns;
-  plan.reduce_units = cut.panels;
+  plan.units = cut.groups * cut.chunks;
+  plan.scratch = cut.width + runs_scratch(args.num_taps);
+  plan.sums = cut.chunks * args.num_taps * cut.width;
+  plan.reduce_units = cut.groups;
   return plan;
 }
 
 void masked_depthwise_weight(const MaskedConvWeightArgs& args, int64_t begin, int64_t end, float* scratch) {
   const DepthwiseCut cut = cut_of(args);
-  for (int64_t i = 0; i < kColumns; ++i) scratch[i] = 0.0f;
+  for (int64_t i = 0; i < cut.width; ++i) scratch[i] = 0.0f;
+  const Rows rows{args.taps, args.num_taps, static_cast<const float*>(args.values), scratch, args.cin};
   for (int64_t unit = begin; unit < end; ++unit) {
-    const Share rows = share(args.n_out, unit / cut.panels, cut.chunks);
-    const int64_t c = unit % cut.panels * kColumns;
-    float* sums = args.sums + unit * args.num_taps * kColumns;
-    for (int64_t i = 0; i < args.num_taps * kColumns; ++i) sums[i] = 0.0f;
-    // Blocks of rows, so that their inputs stay cached from one group of taps to the next.
-    const int64_t blocks = ceil_div(rows.end - rows.begin, kBlockRows);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const Share block = share(rows.end - rows.begin, b, blocks);
-      const int64_t first = rows.begin + block.begin, last = rows.begin + block.end;
-      for (int64_t t = 0; t < args.num_taps; t += kTapTile) {
-        const int64_t taps = smaller(kTapTile, args.num_taps - t);
-        if (args.cout - c >= kColumns) {
-          tap_tile<true>(args, t, taps, c, first, last, scratch, sums);
-        } else {
-          tap_tile<false>(args, t, taps, c, first, last, scratch, sums);
-        }
-      }
+    const Share chunk = share(args.n_out, unit / cut.groups, cut.chunks), group = cut.vectors_of(unit % cut.groups);
+    float* sums = args.sums + unit / cut.groups * args.num_taps * cut.width;
+    for (int64_t t = 0; t < args.num_taps; ++t) {
+      for (int64_t v = group.begin; v < group.end; ++v) store(sums + t * cut.width + v * kLanes, Floats{});
     }
+    visit(WeightGradient{args, sums, cut.width}, rows, chunk.begin, chunk.end, group.begin, group.end,
+          runs_in(scratch + cut.width, args.num_taps));
   }
 }
 
 void masked_depthwise_weight_reduce(const MaskedConvWeightArgs& args, int64_t begin, int64_t end) {
   const DepthwiseCut cut = cut_of(args);
-  const int64_t size = args.num_taps * kColumns;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    float* sums = args.sums + panel * size;
-    for (int64_t chunk = 1; chunk < cut.chunks; ++chunk) {
-      const float* more = sums + chunk * cut.panels * size;
-      for (int64_t i = 0; i < size; i += kLanes) store(sums + i, load(sums + i) + load(more + i));
-    }
-    const int64_t first = panel * kColumns;
-    for (int64_t i = 0; i < smaller(kColumns, args.cout - first); ++i) {
-      for (int64_t t = 0; t < args.num_taps; ++t) args.out[(first + i) * args.num_taps + t] = sums[t * kColumns + i];
+  const int64_t size = args.num_taps * cut.width;
+  for (int64_t v = cut.vectors_of(begin).begin; v < cut.vectors_of(end - 1).end; ++v) {
+    for (int64_t t = 0; t < args.num_taps; t += kLanes) {
+      const int64_t taps = smaller(kLanes, args.num_taps - t);
+      Floats block[kLanes]{};
+      for (int64_t j = 0; j < taps; ++j) {
+        const float* sums = args.sums + (t + j) * cut.width + v * kLanes;
+        block[j] = load(sums);
+        for (int64_t chunk = 1; chunk < cut.chunks; ++chunk) block[j] += load(sums + chunk * size);
+      }
+      transpose(block);
+      float* to = args.out + start_of(v, args.cout) * args.num_taps + t;
+      for (int64_t i = 0; i < smaller(kLanes, args.cout); ++i) store_some(to + i * args.num_taps, block[i], taps);
     }
   }
 }

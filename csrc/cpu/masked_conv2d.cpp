@@ -81,13 +81,10 @@ void check_groups(int64_t groups, int64_t cin, int64_t cout) {
 // The kernels trust the row numbers in `table`, so every one is looked at.
 void check_row_numbers(const Tensor& table, const char* name, int64_t rows) {
   const int32_t* data = table.const_data_ptr<int32_t>();
-  int32_t least = 0, largest = -1;
   const int64_t count = table.numel();
-  for (int64_t i = 0; i < count; ++i) {
-    least = std::min(least, data[i]);
-    largest = std::max(largest, data[i]);
-  }
-  require(least >= -1 && largest < rows, name, " holds a row number outside -1 to ", rows - 1, ".");
+  uint32_t largest = 0;  // of the numbers plus 1: those below -1 wrap around to the largest of all
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, static_cast<uint32_t>(data[i]) + 1u);
+  require(largest <= rows, name, " holds a row number outside -1 to ", rows - 1, ".");
 }
 
 int64_t grain(int64_t units, double work) {
