@@ -15,4 +15,5 @@ STABLE_TORCH_LIBRARY(fastmkd_native, m) {
   m.def(
       "masked_conv2d_weight(Tensor values, Tensor grad, Tensor taps, Tensor order, int kh, int kw, int groups) "
       "-> Tensor");
+  m.def("packed_attention(Tensor qkv, Tensor starts, float scale) -> Tensor");
 }

@@ -265,19 +265,20 @@ std::vector<float> random_floats(int64_t count, unsigned seed) {
 }
 
 // Error relative to the largest element, or to `largest`; sums of products of normal variates in float32.
-Outcome judge(const std::vector<float>& got, const std::vector<double>& want, double largest = 1) {
+Outcome judge(const std::vector<float>& got, const std::vector<double>& want, double largest = 1,
+              double tolerance = 2e-6) {
   double worst = 0;
   for (size_t i = 0; i < want.size(); ++i) {
     if (std::isnan(got[i])) return {false, text("element ", i, " was not written")};
     worst = std::max(worst, std::fabs(got[i] - want[i]));
     largest = std::max(largest, std::fabs(want[i]));
   }
-  return {worst < 2e-6 * largest, text("largest error ", worst, ", largest element ", largest)};
+  return {worst < tolerance * largest, text("largest error ", worst, ", largest element ", largest)};
 }
 
 // Runs the units in two calls, the later ones first, each with poisoned scratch.
-template <class Args>
-void run_units(void (*run)(const Args&, int64_t, int64_t, float*), const Args& args, const ConvPlan& plan) {
+template <class Args, class Plan>
+void run_units(void (*run)(const Args&, int64_t, int64_t, float*), const Args& args, const Plan& plan) {
   const int64_t split = plan.units / 3;
   for (auto [begin, end] : {std::pair{split, plan.units}, std::pair{int64_t{0}, split}}) {
     std::vector<float> scratch(as_size(plan.scratch), kNaN);
@@ -390,6 +391,32 @@ Outcome centred_gram(const Kernels& kernels, DType dtype, const GramShape& shape
   for (int64_t i = plan.reduce_units; i-- > 0;) kernels.centred_gram_reduce(args, i, i + 1, scratch.data());
   // Centring takes off what all images share: errors are relative to what was summed, not to what is left.
   return judge(out, reference::centred_gram(args), 4.0 * static_cast<double>(shape.width));
+}
+
+Outcome packed_attention(const Kernels& kernels, DType dtype, const std::vector<int64_t>& lengths, int64_t heads,
+                         int64_t head_dim) {
+  std::vector<int32_t> starts{0};
+  for (int64_t length : lengths) starts.push_back(starts.back() + static_cast<int32_t>(length));
+  const int64_t count = starts.back() * heads * head_dim;
+  const Bytes qkv = random_values(dtype, 3 * count, 14);
+  Bytes out(as_size(count) * reference::size_of(dtype));
+  for (int64_t i = 0; i < count; ++i) reference::encode(dtype, kNaN, out.data(), i);
+  PackedAttentionArgs args{};
+  args.dtype = dtype;
+  args.qkv = qkv.data();
+  args.starts = starts.data();
+  args.images = static_cast<int64_t>(lengths.size());
+  args.heads = heads;
+  args.head_dim = head_dim;
+  args.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  args.out = out.data();
+  run_units(kernels.packed_attention, args, kernels.packed_attention_plan(args));
+  std::vector<float> got(as_size(count));
+  for (int64_t i = 0; i < count; ++i) got[as_size(i)] = static_cast<float>(reference::decode(dtype, out.data(), i));
+  return judge(got, reference::packed_attention(args), 1,
+               dtype == DType::f32   ? 2e-6
+               : dtype == DType::f16 ? 1e-3
+                                     : 8e-3);
 }
 
 }  // namespace fastmkd::check

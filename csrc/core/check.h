@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "core/kernels.h"
 
@@ -53,5 +54,9 @@ Outcome masked_conv2d_weight(const Kernels& kernels, DType dtype, const ConvShap
 
 // Two layers far from zero.
 Outcome centred_gram(const Kernels& kernels, DType dtype, const GramShape& shape);
+
+// Images of these lengths.
+Outcome packed_attention(const Kernels& kernels, DType dtype, const std::vector<int64_t>& lengths, int64_t heads,
+                         int64_t head_dim);
 
 }  // namespace fastmkd::check

@@ -64,7 +64,8 @@ inline Floats paired(Floats even, Floats odd) {
   return bit_cast<Floats>((bit_cast<Words>(even) >> 16) | bit_cast<Words>(odd));
 }
 
-inline void store_some(float* to, Floats x, int64_t count) {
+template <class T>
+inline void store_some(T* to, Floats x, int64_t count) {
   if (count >= kLanes) {
     store(to, x);
   } else if (count > 0) {

@@ -91,6 +91,22 @@ struct GramArgs {
   float* out;                 // (num_layers, batch, batch)
 };
 
+// Softmax attention within each image of a packed batch.
+struct PackedAttentionArgs {
+  DType dtype;            // f32, bf16 or f16
+  const void* qkv;        // (tokens, 3, heads, head_dim), contiguous
+  const int32_t* starts;  // (images + 1), never descending, from 0 to tokens
+  int64_t images, heads, head_dim;
+  float scale;
+  void* out;  // (tokens, heads, head_dim)
+};
+
+// How an attention is cut for this instruction set; a function of lengths and shapes alone.
+struct AttentionPlan {
+  int64_t units;    // independent work items
+  int64_t scratch;  // floats that each thread needs
+};
+
 // How a convolution or a Gram is cut for this instruction set; a function of shapes and dtypes alone.
 struct ConvPlan {
   DType dtype;      // in which a convolution reads rows: f32, or the caller's bf16 where the processor multiplies it
@@ -152,6 +168,9 @@ struct Kernels {
   ConvPlan (*centred_gram_plan)(const GramArgs& args);
   void (*centred_gram)(const GramArgs& args, int64_t begin, int64_t end, float* scratch);
   void (*centred_gram_reduce)(const GramArgs& args, int64_t begin, int64_t end, float* scratch);
+  // Units [begin, end) of the plan.
+  AttentionPlan (*packed_attention_plan)(const PackedAttentionArgs& args);
+  void (*packed_attention)(const PackedAttentionArgs& args, int64_t begin, int64_t end, float* scratch);
 };
 
 #define FASTMKD_DECLARE_KERNELS(isa)                                                                          \
@@ -176,6 +195,8 @@ struct Kernels {
   ConvPlan centred_gram_plan(const GramArgs& args);                                                           \
   void centred_gram(const GramArgs& args, int64_t begin, int64_t end, float* scratch);                        \
   void centred_gram_reduce(const GramArgs& args, int64_t begin, int64_t end, float* scratch);                 \
+  AttentionPlan packed_attention_plan(const PackedAttentionArgs& args);                                       \
+  void packed_attention(const PackedAttentionArgs& args, int64_t begin, int64_t end, float* scratch);         \
   }
 
 #define FASTMKD_KERNEL_TABLE(isa)                                                                                     \
@@ -187,7 +208,8 @@ struct Kernels {
         ::fastmkd::isa::masked_depthwise_plan, ::fastmkd::isa::masked_depthwise,                                      \
         ::fastmkd::isa::masked_depthwise_weight_plan, ::fastmkd::isa::masked_depthwise_weight,                        \
         ::fastmkd::isa::masked_depthwise_weight_reduce, ::fastmkd::isa::centred_gram_plan,                            \
-        ::fastmkd::isa::centred_gram, ::fastmkd::isa::centred_gram_reduce                                             \
+        ::fastmkd::isa::centred_gram, ::fastmkd::isa::centred_gram_reduce, ::fastmkd::isa::packed_attention_plan,     \
+        ::fastmkd::isa::packed_attention                                                                              \
   }
 
 }  // namespace fastmkd

@@ -188,6 +188,36 @@ std::vector<int64_t> select_tokens(const SelectTokensArgs& args, int64_t batch) 
   return out;
 }
 
+std::vector<double> packed_attention(const PackedAttentionArgs& args) {
+  const int64_t tokens = args.starts[args.images], width = args.heads * args.head_dim;
+  std::vector<double> out(static_cast<size_t>(tokens * width));
+  const auto qkv = [&](int64_t token, int64_t part, int64_t h, int64_t c) {
+    return decode(args.dtype, args.qkv, (token * 3 + part) * width + h * args.head_dim + c);
+  };
+  for (int64_t b = 0; b < args.images; ++b) {
+    const int64_t first = args.starts[b], last = args.starts[b + 1];
+    for (int64_t h = 0; h < args.heads; ++h) {
+      for (int64_t i = first; i < last; ++i) {
+        std::vector<double> weights;
+        for (int64_t j = first; j < last; ++j) {
+          double product = 0;
+          for (int64_t c = 0; c < args.head_dim; ++c) product += qkv(i, 0, h, c) * qkv(j, 1, h, c);
+          weights.push_back(static_cast<double>(args.scale) * product);
+        }
+        const double most = *std::max_element(weights.begin(), weights.end());
+        double sum = 0;
+        for (double& weight : weights) sum += weight = std::exp(weight - most);
+        for (int64_t c = 0; c < args.head_dim; ++c) {
+          double mixed = 0;
+          for (int64_t j = first; j < last; ++j) mixed += weights[static_cast<size_t>(j - first)] * qkv(j, 2, h, c);
+          out[static_cast<size_t>(i * width + h * args.head_dim + c)] = mixed / sum;
+        }
+      }
+    }
+  }
+  return out;
+}
+
 std::vector<double> gather_patches(const PatchArgs& args, int64_t batch) {
   std::vector<double> rows;
   for (int64_t b = 0; b < batch; ++b) {

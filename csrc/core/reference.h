@@ -25,6 +25,9 @@ std::vector<double> gather_patches(const PatchArgs& args, int64_t batch);
 // (num_layers, batch, batch)
 std::vector<double> centred_gram(const GramArgs& args);
 
+// (tokens, heads, head_dim)
+std::vector<double> packed_attention(const PackedAttentionArgs& args);
+
 // (n_out, cout)
 std::vector<double> masked_conv2d(const MaskedConvArgs& args);
 

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#if defined(__AVX2__) || defined(__AVX512BF16__) || defined(FASTMKD_EMULATE_AVX512_BF16)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -134,7 +134,18 @@ inline void store_part(T* to, Floats x, int64_t count) {
   __builtin_memcpy(to, buffer, static_cast<uint64_t>(count) * sizeof(T));
 }
 
-inline Floats maximum(Floats x, Floats y) { return x < y ? y : x; }
+// x < y ? y : x, in one instruction where there is one.
+inline Floats maximum(Floats x, Floats y) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)y, (__m512)x);  // GCC 12 warns about the plain form
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)y, (__m256)x);
+#elif defined(__x86_64__)
+  return (Floats)_mm_max_ps((__m128)y, (__m128)x);
+#else
+  return x < y ? y : x;
+#endif
+}
 
 // Adds the upper half to the lower one; compilers turn the copy into a register extract.
 template <class Part, class Vector>

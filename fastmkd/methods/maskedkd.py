@@ -16,6 +16,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from ..nn.ragged import RaggedKeep, keep_by_mass
+from ..nn.ragged_vit import why_not_ragged
 from ..nn.vit import MaskedViT
 from ..ops import select_tokens
 from .base import DistillMethod, DistillOutput, Panel
@@ -44,6 +46,10 @@ class MaskedKD(DistillMethod):
     Student and teacher may cut the image differently: the saliency map is resized bilinearly to the teacher's grid, and
     the image to the size of a teacher with a fixed one (Appendix B). ``keep_ratio=1`` is ordinary distillation.
 
+    With `keep_mass` each image keeps as few patches as hold that share of its saliency: more where the student looks
+    everywhere, fewer where it looks at one thing. The teacher then runs on a packed row of tokens, without padding; the
+    term ``kept`` is the share of all patches that it saw. This goes beyond the paper.
+
     A distilled DeiT student with ``set_distilled_training()`` learns the labels with its class head and the teacher
     with its distillation head, as in DeiT; its `student_output` is the mean of both, as at inference.
 
@@ -59,6 +65,9 @@ class MaskedKD(DistillMethod):
         temperature: tau of the softmax of both.
         strategy: which patches are kept (Table 3): "saliency", "random", "bottom", "patch", "first", "middle", or a
             `MaskStrategy` with its options, such as `ExternalSaliency`.
+        keep_mass: share of each image's saliency that the teacher must see, above 0 and at most 1, in the place of
+            `keep_ratio`. For a teacher of timm's VisionTransformer class and a base that reads logits only ("logit",
+            "g2sd"). None keeps the same number of patches of every image.
         mask: who sees only the kept patches. "student" is the paper's counter-example (Fig. 3): the student first looks
             at the whole image without gradients, if the strategy needs that, then learns from its kept patches.
         linear_probe: train the student's classifier only; the rest is frozen and in eval mode (Appendix C).
@@ -103,6 +112,7 @@ class MaskedKD(DistillMethod):
         temperature: float = 1.0,
         *,
         strategy: str | MaskStrategy = "saliency",
+        keep_mass: float | None = None,
         mask: Literal["teacher", "student"] = "teacher",
         linear_probe: bool = False,
         include_prefix: bool = False,
@@ -135,7 +145,9 @@ class MaskedKD(DistillMethod):
                 "distillation needs the same positive number. Create them with the same num_classes."
             )
         chosen_base.needs(wrapped_student, wrapped_teacher)  # raises unless the networks fit
-        if keep_ratio < 1:
+        if keep_mass is not None:
+            _check_keep_mass(keep_mass, wrapped_teacher, chosen_base, chosen_strategy, mask)
+        if keep_mass is not None or keep_ratio < 1:
             chosen_strategy.needs(wrapped_student)
         if linear_probe and not chosen_base.reads_logits_only:
             raise ValueError(
@@ -150,6 +162,7 @@ class MaskedKD(DistillMethod):
         self.__dict__["_teacher_vit"] = wrapped_teacher
         self._teacher_input = teacher_input
         self.keep_ratio = float(keep_ratio)
+        self.keep_mass = None if keep_mass is None else float(keep_mass)
         self.base = chosen_base
         self.strategy = chosen_strategy
         self.mask = mask
@@ -184,13 +197,13 @@ class MaskedKD(DistillMethod):
             raise ValueError("targets is None but ce_weight is above 0; pass classes or soft labels, or ce_weight=0.")
         needs, teacher_needs = self.base.needs(self._student_vit, self._teacher_vit)
         if self.mask == "teacher":
-            if self.keep_ratio < 1:
+            if self.hides_patches:
                 needs |= self.strategy.needs(self._student_vit)
             student = observe(self._student_vit, images, None, needs, self.include_prefix)
-            keep = self._select(images, student) if self.keep_ratio < 1 else None
+            keep = self._select(images, student) if self.hides_patches else None
             teacher = self.ask_teacher(images, keep, teacher_needs)
         else:
-            keep = self._select(images, self._look(images)) if self.keep_ratio < 1 else None
+            keep = self._select(images, self._look(images)) if self.hides_patches else None
             student = observe(self._student_vit, images, keep, needs)
             teacher = self.ask_teacher(images, None, teacher_needs)
         good = teacher.is_finite()
@@ -205,6 +218,8 @@ class MaskedKD(DistillMethod):
         if targets is not None:
             ce = cross_entropy(student.heads[0], targets)
             loss, terms = self.ce_weight * ce + loss, {"ce": ce, **terms}
+        if isinstance(keep, RaggedKeep):
+            terms = {**terms, "kept": keep.counts.float().mean() / math.prod(teacher.grid)}
         # A product, so that a skipped batch gives every parameter a gradient of zero.
         return DistillOutput(loss * good, {name: term.detach() * good for name, term in terms.items()}, mean)
 
@@ -226,12 +241,12 @@ class MaskedKD(DistillMethod):
         return self.ask_teacher(images, keep).logits
 
     @torch.no_grad()
-    def ask_teacher(self, images: Tensor, keep: Tensor | None, needs: Needs = NOTHING) -> View:
+    def ask_teacher(self, images: Tensor, keep: Tensor | RaggedKeep | None, needs: Needs = NOTHING) -> View:
         """Returns what the teacher makes of some patches, without gradients.
 
         Args:
             images: ``(B, C, H, W)`` as in `forward`.
-            keep: ``(B, k)`` indices in the teacher's grid; None shows it everything.
+            keep: ``(B, k)`` indices in the teacher's grid, or another number of each image; None shows it everything.
             needs: what to record besides the logits.
 
         Returns:
@@ -250,6 +265,11 @@ class MaskedKD(DistillMethod):
             autocast = torch.autocast(device.type, self.teacher_dtype if lowered else None, enabled=lowered)
         with autocast:
             return observe(teacher, images, keep, needs).map(lambda x: x.to(home))
+
+    @property
+    def hides_patches(self) -> bool:
+        """Whether one of the networks does not see the whole image."""
+        return self.keep_mass is not None or self.keep_ratio < 1
 
     @property
     def looks_at_student(self) -> bool:
@@ -325,15 +345,17 @@ class MaskedKD(DistillMethod):
             return None
         return observe(self._student_vit, images, None, self.strategy.needs(self._student_vit), self.include_prefix)
 
-    def _select(self, images: Tensor, student: View | None) -> Tensor:
-        """``(B, k)`` indices of the patches that the masked network keeps."""
+    def _select(self, images: Tensor, student: View | None) -> Tensor | RaggedKeep:
+        """Indices of the patches that the masked network keeps."""
         return self._best(self._score(images, student), self.masked_grid((images.shape[-2], images.shape[-1])))
 
     @torch.no_grad()
     def _score(self, images: Tensor, student: View | None) -> Scores:
         return self.strategy.scores(images, student, self.masked_grid((images.shape[-2], images.shape[-1])))
 
-    def _best(self, scores: Scores, grid: tuple[int, int]) -> Tensor:
+    def _best(self, scores: Scores, grid: tuple[int, int]) -> Tensor | RaggedKeep:
+        if self.keep_mass is not None:
+            return keep_by_mass(scores.values, self.keep_mass, grid=scores.grid, target_grid=grid)
         k = max(1, round(self.keep_ratio * math.prod(grid)))
         return select_tokens(scores.values, k, scores.grid, grid)
 
@@ -344,6 +366,25 @@ class MaskedKD(DistillMethod):
             size: ``(H, W)`` pixels of the images.
         """
         return self._teacher_input.grid(size) if self.mask == "teacher" else self._student_vit.patch_grid(size)
+
+
+def _check_keep_mass(
+    keep_mass: float, teacher: MaskedViT, base: BaseDistillation, strategy: MaskStrategy, mask: str
+) -> None:
+    if not 0 < keep_mass <= 1:  # NaN fails too
+        raise ValueError(f"keep_mass is {keep_mass}; expected a share of the saliency above 0 and at most 1.")
+    if mask != "teacher":
+        raise ValueError("keep_mass is for a masked teacher; use mask='teacher', or keep_ratio alone.")
+    if not base.reads_logits_only:
+        raise ValueError(
+            f"keep_mass shows the teacher another number of patches of each image, but base {type(base).__name__} "
+            "compares patches or attention; use base='logit', or keep_ratio alone."
+        )
+    if getattr(strategy, "order", "top") == "bottom":
+        raise ValueError("keep_mass needs saliencies of at least 0, which strategy 'bottom' negates; use another one.")
+    reason = why_not_ragged(teacher.model)
+    if reason is not None:
+        raise ValueError(f"keep_mass needs a teacher that runs packed: {reason}. Use keep_ratio alone.")
 
 
 def _wrap(name: str, model: nn.Module) -> MaskedViT:

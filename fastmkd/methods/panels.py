@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..nn.ragged import RaggedKeep
 from .base import Panel
 
 __all__ = ["kept_panel", "saliency_panel"]
@@ -28,11 +29,11 @@ def saliency_panel(scores: Tensor, grid: tuple[int, int], size: tuple[int, int])
     return Panel("saliency", _enlarge(heat, grid, size), "heat")
 
 
-def kept_panel(keep: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Panel:
+def kept_panel(keep: Tensor | RaggedKeep, grid: tuple[int, int], size: tuple[int, int]) -> Panel:
     """Draws which patches are kept.
 
     Args:
-        keep: ``(B, k)`` indices.
+        keep: ``(B, k)`` indices, or another number of each image.
         grid: ``(gh, gw)``.
         size: ``(H, W)`` pixels of the picture.
 
@@ -40,8 +41,12 @@ def kept_panel(keep: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Pa
         >>> kept_panel(torch.tensor([[1]]), (1, 2), (1, 4)).image
         tensor([[[0., 0., 1., 1.]]])
     """
-    kept = torch.zeros(len(keep), grid[0] * grid[1], device=keep.device)
-    return Panel("kept patches", _enlarge(kept.scatter_(1, keep, 1.0), grid, size), "mask")
+    patches = grid[0] * grid[1]
+    if isinstance(keep, RaggedKeep):
+        kept = keep.visible(patches).float()
+    else:
+        kept = torch.zeros(len(keep), patches, device=keep.device).scatter_(1, keep, 1.0)
+    return Panel("kept patches", _enlarge(kept, grid, size), "mask")
 
 
 def _enlarge(values: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

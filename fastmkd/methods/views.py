@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.ragged import RaggedKeep
 from ..nn.vit import MaskedViT
 from ..nn.vit_attention import cls_attention_logits, patch_attention
 from .base import split_heads
@@ -64,7 +65,7 @@ class View:
         logits: ``(B, K)`` that take part in the distillation.
         grid: ``(gh, gw)``, all N patches of the image.
         depth: number of blocks.
-        keep: ``(B, n)`` the patches it saw; None for all.
+        keep: ``(B, n)`` the patches it saw, or another number of each image; None for all.
         saliency: ``(B, n)`` or None.
         features: ``(B, D)`` input of the classifier, or None.
         blocks: output of a block for the patches, ``(B, n, D)``, by the block's index.
@@ -76,7 +77,7 @@ class View:
     logits: Tensor
     grid: tuple[int, int]
     depth: int
-    keep: Tensor | None = None
+    keep: Tensor | RaggedKeep | None = None
     saliency: Tensor | None = None
     features: Tensor | None = None
     blocks: dict[int, Tensor] = field(default_factory=dict)
@@ -95,7 +96,7 @@ class View:
             fn(self.logits),
             self.grid,
             self.depth,
-            None if self.keep is None else fn(self.keep),
+            fn(self.keep) if isinstance(self.keep, Tensor) else self.keep,
             None if self.saliency is None else fn(self.saliency),
             None if self.features is None else fn(self.features),
             of(self.blocks),
@@ -109,7 +110,9 @@ class View:
         return torch.stack([tensor.isfinite().all() for tensor in (self.logits, *recorded)]).all()
 
 
-def observe(vit: MaskedViT, images: Tensor, keep: Tensor | None, needs: Needs, include_prefix: bool = False) -> View:
+def observe(
+    vit: MaskedViT, images: Tensor, keep: Tensor | RaggedKeep | None, needs: Needs, include_prefix: bool = False
+) -> View:
     """Runs a ViT once and records what is needed.
 
     Block outputs and attention are read through forward hooks that live for this call, so that they come from the
@@ -118,7 +121,7 @@ def observe(vit: MaskedViT, images: Tensor, keep: Tensor | None, needs: Needs, i
     Args:
         vit: the network.
         images: ``(B, C, H, W)``.
-        keep: ``(B, k)`` patches it gets to see; None for all.
+        keep: ``(B, k)`` patches it gets to see, or a `RaggedKeep` if only its logits are needed; None for all.
         needs: what to record.
         include_prefix: the authors' variant of the saliency.
 
@@ -130,7 +133,7 @@ def observe(vit: MaskedViT, images: Tensor, keep: Tensor | None, needs: Needs, i
         (torch.Size([1, 2, 192]), torch.Size([1, 5]))
     """
     grid = vit.patch_grid((images.shape[-2], images.shape[-1]))
-    patches = math.prod(grid) if keep is None else keep.shape[1]
+    patches = keep.shape[1] if isinstance(keep, Tensor) else math.prod(grid)
     recorder = _Recorder(vit, needs, patches)
     with recorder.hooks():
         if needs.saliency:
@@ -240,6 +243,8 @@ def on_common_patches(student: Tensor, teacher: Tensor, s: View, t: View) -> tup
     Returns:
         ``(B, k, D_s)`` and ``(B, k, D_t)``, row by row of the same patch.
     """
+    assert not isinstance(s.keep, RaggedKeep)
+    assert not isinstance(t.keep, RaggedKeep)
     if s.keep is None:
         return _read_at(student, s.grid, t.grid, t.keep), teacher
     return student, _read_at(teacher, t.grid, s.grid, s.keep)

@@ -10,15 +10,18 @@ if TYPE_CHECKING:
     from .masked_conv import MaskedConv2d
     from .masks import block_mask, grid_mask, random_mask
     from .packed import PackedFeatures, pack
+    from .ragged import RaggedKeep, keep_by_mass
     from .vit import MaskedViT
 
 _HOME = {
     "MaskedConv2d": "masked_conv",
     "MaskedViT": "vit",
     "PackedFeatures": "packed",
+    "RaggedKeep": "ragged",
     "block_mask": "masks",
     "convert_cnn": "convert",
     "grid_mask": "masks",
+    "keep_by_mass": "ragged",
     "pack": "packed",
     "random_mask": "masks",
     "revert_cnn": "convert",
@@ -28,9 +31,11 @@ __all__ = [
     "MaskedConv2d",
     "MaskedViT",
     "PackedFeatures",
+    "RaggedKeep",
     "block_mask",
     "convert_cnn",
     "grid_mask",
+    "keep_by_mass",
     "pack",
     "random_mask",
     "revert_cnn",

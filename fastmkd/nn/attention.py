@@ -7,7 +7,7 @@ This is exact, forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,8 +22,11 @@ from ..ops import cls_saliency
 from .rotary import rotate
 
 __all__ = [
+    "PackedMix",
     "SaliencyOptions",
     "attend",
+    "attend_packed",
+    "attends_packed",
     "has_hooks",
     "run_block",
     "run_block_on_rows",
@@ -39,6 +42,9 @@ _BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "dr
 _PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj")
 _ATTENTION_PARTS = {*_PROJECTIONS, "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 _TOKENWISE_MLPS = (GluMlp, Mlp, SwiGLU)
+
+# (T, 3, H, d) queries, keys and values of a batch whose images it knows, and the scale -> (T, H, d).
+PackedMix = Callable[[Tensor, float], Tensor]
 
 
 class SaliencyOptions(NamedTuple):
@@ -141,11 +147,46 @@ def attend(attn: Any, x: Tensor, rows: int, rope: Tensor | None = None) -> tuple
     dropout = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=_scale(attn, q))
     out = out.transpose(1, 2).flatten(2)  # (B, H, rows, d) -> (B, rows, H * d)
+    return _finish_mix(attn, out, x[:, :rows]), q, k
+
+
+def attends_packed(attn: Any) -> bool:
+    """Tells whether `attend_packed` computes what this attention does.
+
+    Args:
+        attn: attention of a block for which `runs_on_rows` holds.
+    """
+    return type(attn).forward is Attention.forward and type(attn.qkv) is nn.Linear
+
+
+def attend_packed(attn: Any, x: Tensor, mix: PackedMix) -> Tensor:
+    """Runs timm's attention for all tokens of a packed batch, up to its output projection.
+
+    Args:
+        attn: one for which `attends_packed` holds, its attention dropout off.
+        x: ``(T, D)`` or ``(B, L, D)`` input of the attention, contiguous.
+        mix: `fastmkd.ops.packed_attention` with the images' offsets.
+
+    Returns:
+        The mixed values, of the shape of `x` but for ``H * d`` channels.
+    """
+    heads = attn.num_heads
+    qkv = attn.qkv(x)
+    qkv = qkv.view(-1, 3, heads, qkv.shape[-1] // (3 * heads))  # (T, 3, H, d)
+    if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)):
+        q, k, v = qkv.unbind(1)
+        qkv = torch.stack((attn.q_norm(q).type_as(v), attn.k_norm(k).type_as(v), v), dim=1)
+    out = mix(qkv, _scale(attn, qkv)).view(*x.shape[:-1], -1)
+    return _finish_mix(attn, out, x)
+
+
+def _finish_mix(attn: Any, out: Tensor, x: Tensor) -> Tensor:
+    """Norm and gate that some attentions have between the mixed values and the projection; `x` is their input."""
     if getattr(attn, "norm", None) is not None:
         out = attn.norm(out)
     if getattr(attn, "gate", None) is not None:
-        out = out * attn.gate(x[:, :rows]).sigmoid()
-    return out, q, k
+        out = out * attn.gate(x).sigmoid()
+    return out
 
 
 def run_whole_block(

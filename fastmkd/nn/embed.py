@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,29 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from ..ops import patch_embed
+from .ragged import RaggedKeep
 from .rotary import rotary_table, rotations
 
-__all__ = ["Tokens", "check_images", "embed_all", "embed_kept", "patch_grid"]
+__all__ = ["PackedTokens", "Tokens", "check_images", "embed_all", "embed_kept", "embed_ragged", "patch_grid"]
 
 # Tokens (B, P + k, D), and for each block in turn what it takes as `rope`: rotary positions, or None.
 Tokens = tuple[Tensor, Iterator[Tensor | None]]
+
+
+class PackedTokens(NamedTuple):
+    """Tokens of images of different lengths in one row, those of an image together, its prefix tokens first.
+
+    Attributes:
+        x: ``(T, D)``, the first block's input.
+        starts: ``(B + 1,)`` int32, where the images begin, and T.
+        prefix: ``(B, P)`` int64, the rows of the prefix tokens.
+        patches: ``(K,)`` int64, the rows of the patches.
+    """
+
+    x: Tensor
+    starts: Tensor
+    prefix: Tensor
+    patches: Tensor
 
 
 def check_images(model: Any, images: Tensor) -> None:
@@ -112,9 +129,7 @@ def embed_kept(model: Any, images: Tensor, keep: Tensor) -> Tokens:
     """
     embed, proj = model.patch_embed, model.patch_embed.proj
     grid = patch_grid(model, (images.shape[-2], images.shape[-1]))
-    pad_h, pad_w = _padding(embed, (images.shape[-2], images.shape[-1]))
-    if pad_h or pad_w:
-        images = F.pad(images, (0, pad_w, 0, pad_h))
+    images = _pad(embed, images)
     prefix, positions = _prefix_and_positions(model, grid)
     plain = isinstance(getattr(embed, "norm", None), (nn.Identity, type(None)))
     x = patch_embed(images, proj.weight, proj.bias, positions if plain else None, keep, proj.stride)  # (B, k, D)
@@ -134,6 +149,37 @@ def embed_kept(model: Any, images: Tensor, keep: Tensor) -> Tokens:
         x, of_kept = x
         keep = keep if of_kept is None else keep.gather(1, of_kept)
     return model.norm_pre(x), rotations(table, keep)
+
+
+def embed_ragged(model: Any, images: Tensor, keep: RaggedKeep) -> PackedTokens:
+    """Embeds the kept patches of images that keep different numbers of them.
+
+    Args:
+        model: a VisionTransformer.
+        images: ``(B, C, H, W)``.
+        keep: valid patch indices of each image.
+    """
+    embed, proj = model.patch_embed, model.patch_embed.proj
+    prefix, positions = _prefix_and_positions(model, patch_grid(model, (images.shape[-2], images.shape[-1])))
+    (height, width), (down, right) = proj.kernel_size, proj.stride
+    windows = _pad(embed, images).unfold(2, height, down).unfold(3, width, right)  # (B, C, gh, gw, ph, pw), a view
+    image, columns = keep.images, windows.shape[3]
+    pixels = windows[image, :, keep.indices // columns, keep.indices % columns].flatten(1)  # (K, C*ph*pw)
+    x = (embed.norm or nn.Identity())(F.linear(pixels, proj.weight.flatten(1), proj.bias))  # (K, D)
+    if positions is not None:
+        x = x + positions[keep.indices]
+    batch, length = len(images), 0 if prefix is None else prefix.shape[1]
+    at = torch.arange(max(batch + 1, len(image), length), device=x.device)
+    starts = keep.starts + length * at[: batch + 1]
+    prefix_rows = starts[:-1, None] + at[:length]  # (B, P)
+    patch_rows = at[: len(image)] + length * (image + 1)
+    if prefix is not None:
+        x = torch.cat((prefix.expand(batch, -1, -1).flatten(0, 1), x))[
+            torch.cat((prefix_rows.flatten(), patch_rows)).argsort()
+        ]
+    if positions is not None:
+        x = model.pos_drop(x)
+    return PackedTokens(model.norm_pre(x), starts.int(), prefix_rows, patch_rows)
 
 
 def _prefix_and_positions(model: Any, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
@@ -157,6 +203,11 @@ def _prefix_and_positions(model: Any, grid: tuple[int, int]) -> tuple[Tensor | N
     if embedded_prefix and prefix is not None:
         prefix = prefix + positions[:, :embedded_prefix]
     return prefix, positions[0, embedded_prefix:]
+
+
+def _pad(embed: Any, images: Tensor) -> Tensor:
+    pad_h, pad_w = _padding(embed, (images.shape[-2], images.shape[-1]))
+    return F.pad(images, (0, pad_w, 0, pad_h)) if pad_h or pad_w else images
 
 
 def _padding(embed: Any, size: tuple[int, int]) -> tuple[int, int]:

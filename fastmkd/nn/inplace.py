@@ -4,6 +4,7 @@ A matrix product can add to its output. So the output projection of the attentio
 directly to the residual, which saves the passes over memory that a bias, a branch output and a sum cost; on CPUs, which
 do not fuse them, that is about a tenth of a ViT's time. The sums are the same, in another order. The MLP's GELU is
 applied while its first product is written, by oneDNN through the operator that PyTorch's own compiler calls for both.
+The attention is `fastmkd.ops.packed_attention` where its compiled kernel is there, else PyTorch's.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .attention import attend, has_hooks, runs_on_rows
+from ..ops import get_op
+from ..ops.choice import choose
+from .attention import PackedMix, attend, attend_packed, attends_packed, has_hooks, runs_on_rows
 
-__all__ = ["may_run_in_place", "run_block_in_place"]
+__all__ = ["compiled_attention", "may_run_in_place", "run_block_in_place"]
 
 _FUSED_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -42,12 +45,35 @@ def may_run_in_place(model: Any, x: Tensor) -> bool:
     return all(map(_is_plain, model.blocks.children()))
 
 
-def run_block_in_place(block: Any, x: Tensor) -> Tensor:
+def compiled_attention(model: Any, x: Tensor, starts: Tensor | None = None) -> PackedMix | None:
+    """Returns the compiled attention for a batch; None where PyTorch's is to run.
+
+    The kernel is called without the op's checks, for its arguments are right by construction: they would take as long
+    as the attention of a small batch.
+
+    Args:
+        model: one for which `may_run_in_place` holds.
+        x: ``(B, L, D)`` input of the first block, or ``(T, D)`` with `starts`.
+        starts: ``(B + 1,)`` int32, where the images begin, and T; None for images of one length.
+    """
+    blocks = list(model.blocks.children())
+    if not all(attends_packed(block.attn) for block in blocks):
+        return None
+    tokens = x.shape[:-1].numel()
+    offsets = torch.arange(0, tokens + 1, x.shape[1], dtype=torch.int32) if starts is None else starts
+    attn = blocks[0].attn
+    like = x.new_empty(tokens, 3, attn.num_heads, attn.qkv.out_features // (3 * attn.num_heads))
+    backend = choose(get_op("packed_attention"), (like, offsets, 1.0))
+    return None if backend.name == "eager" else lambda qkv, scale: backend.run(qkv, offsets, scale)
+
+
+def run_block_in_place(block: Any, x: Tensor, mix: PackedMix | None = None) -> Tensor:
     """Computes ``block(x)`` into `x` and returns it.
 
     Args:
         block: a block of a model for which `may_run_in_place` holds.
-        x: ``(B, L, D)`` contiguous; overwritten.
+        x: ``(B, L, D)``, or ``(T, D)`` with `mix`, contiguous; overwritten.
+        mix: the attention of a packed batch, where ``attends_packed(block.attn)``; None takes PyTorch's.
 
     Example:
         >>> block, x = Block(dim=8, num_heads=2).eval(), torch.randn(1, 5, 8)
@@ -55,8 +81,9 @@ def run_block_in_place(block: Any, x: Tensor) -> Tensor:
         ...     torch.allclose(block(x), run_block_in_place(block, x), atol=1e-6)
         True
     """
-    mixed, _, _ = attend(block.attn, block.norm1(x), x.shape[1])
-    _add_linear(x, mixed, block.attn.proj, block.ls1)
+    attn, normed = block.attn, block.norm1(x)
+    mixed = attend(attn, normed, x.shape[1])[0] if mix is None else attend_packed(attn, normed, mix)
+    _add_linear(x, mixed, attn.proj, block.ls1)
     mlp = block.mlp
     _add_linear(x, mlp.norm(_expand(mlp, block.norm2(x))), mlp.fc2, block.ls2)
     return x
@@ -77,7 +104,7 @@ def _add_linear(x: Tensor, branch: Tensor, linear: nn.Linear, scale: nn.Module) 
         return
     if linear.bias is not None:
         x.add_(linear.bias)
-    x.view(-1, x.shape[-1]).addmm_(branch.flatten(0, 1), linear.weight.t())
+    x.view(-1, x.shape[-1]).addmm_(branch.view(-1, branch.shape[-1]), linear.weight.t())
 
 
 def _is_plain(block: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.registry import require
 from .neighbours import Pair, Window, tap_table
 from .where import where
 
@@ -65,13 +66,13 @@ class MaskPlan:
             raise TypeError(f"visible is {what}; expected a bool tensor, True where the image may be seen.")
         if visible.dim() != 3 or visible.numel() == 0:
             raise ValueError(f"visible has shape {tuple(visible.shape)}; expected (B, gh, gw), a cell grid per image.")
-        _require(visible.flatten(1).any(1).all(), "visible hides an image entirely; every image needs a visible cell.")
+        require(visible.flatten(1).any(1).all(), "visible hides an image entirely; every image needs a visible cell.")
         with _lasting():
             flat = visible.flatten()
             if count is None:
                 self.cells = flat.nonzero()[:, 0]  # (V,), the one host read when the mask is on a GPU
             else:
-                _require(flat.sum() == count, f"count is {count}, which is not the number of visible cells.")
+                require(flat.sum() == count, f"count is {count}, which is not the number of visible cells.")
                 self.cells = torch.nonzero_static(flat, size=count)[:, 0]
             # (B, gh, gw): position of a cell among the visible ones
             self.rank = torch.where(flat, flat.cumsum(0) - 1, -1).view_as(visible)
@@ -223,10 +224,3 @@ def _lasting() -> AbstractContextManager[Any]:
     """Lets a teacher's pass under inference_mode leave tables that a student's training can save for its backward."""
     inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     return torch.inference_mode(False) if inference else nullcontext()
-
-
-def _require(condition: Tensor, sentence: str) -> None:
-    if condition.device.type != "cpu":
-        torch._assert_async(condition, sentence)
-    elif not condition:
-        raise ValueError(sentence)

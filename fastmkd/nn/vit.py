@@ -12,24 +12,21 @@ from typing import Any
 
 import torch
 from timm.models.cait import Cait
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import SaliencyOptions, run_block, run_block_on_rows, run_whole_block, runs_on_rows
 from .cait import run_class_blocks
 from .embed import Tokens, check_images, embed_all, embed_kept, patch_grid
-from .inplace import may_run_in_place, run_block_in_place
+from .heads import rows_for_head
+from .inplace import compiled_attention, may_run_in_place, run_block_in_place
 from .maskable import why_not_maskable
-from .spectrogram import SpectrogramTransformer
+from .ragged import RaggedKeep
+from .ragged_vit import run_ragged
 
 __all__ = ["MaskedViT"]
 
 _INNER = "model."
-_TWO_TOKEN_HEADS = (VisionTransformerDistilled.forward_head, SpectrogramTransformer.forward_head)
-_POOLS = (VisionTransformer.pool, Eva.pool)
 
 
 class MaskedViT(nn.Module):
@@ -105,7 +102,7 @@ class MaskedViT(nn.Module):
     def forward(
         self,
         images: Tensor,
-        keep: Tensor | None = None,
+        keep: Tensor | RaggedKeep | None = None,
         *,
         return_saliency: bool = False,
         include_prefix: bool = False,
@@ -115,7 +112,8 @@ class MaskedViT(nn.Module):
         Args:
             images: ``(B, C, H, W)`` floating point, of a size the model takes.
             keep: ``(B, k)`` int64 patch indices, row-major over the grid, any order, no repeats; None keeps all N.
-                Prefix tokens always stay.
+                Prefix tokens always stay. A `fastmkd.nn.RaggedKeep`, for example from `fastmkd.keep_by_mass`, keeps
+                another number of patches of each image; VisionTransformer only.
             return_saliency: also return how much the CLS token (the first prefix token) attends to each patch in the
                 last attention layer (MaskedKD, Eq. 2).
             include_prefix: the authors' variant of the saliency: softmax over all tokens, mean over heads.
@@ -130,6 +128,13 @@ class MaskedViT(nn.Module):
             TypeError: images that are not floating point, or `keep` that is not int64.
         """
         model = self.model
+        if isinstance(keep, RaggedKeep):
+            if return_saliency:
+                raise ValueError(
+                    "return_saliency gives a (B, k) tensor, but keep has a number of patches for each image; ask for "
+                    "the saliency without keep, or pass a (B, k) tensor."
+                )
+            return run_ragged(model, images, keep)
         saliency = self._saliency_options(include_prefix) if return_saliency else None
         x, rotations = self._embed(images, keep)
         if isinstance(model, Cait):
@@ -138,8 +143,9 @@ class MaskedViT(nn.Module):
         else:
             *body, last = model.blocks.children()
             if may_run_in_place(model, x):
+                mix = compiled_attention(model, x)
                 for block in body:
-                    x = run_block_in_place(block, x)
+                    x = run_block_in_place(block, x, mix)
             else:
                 x = self._run_blocks(body, x, rotations)
             x, scores = self._run_last_block(last, x, next(rotations), saliency)
@@ -196,22 +202,12 @@ class MaskedViT(nn.Module):
     def _run_last_block(
         self, block: nn.Module, x: Tensor, rope: Tensor | None, saliency: SaliencyOptions | None
     ) -> tuple[Tensor, Tensor | None]:
-        rows = self._rows_for_head(x.shape[1])
+        rows = rows_for_head(self.model, x.shape[1])
         if (rows < x.shape[1] or saliency is not None) and runs_on_rows(block):
             return run_block_on_rows(block, x, rows, saliency, rope)
         if saliency is not None:
             return run_whole_block(block, x, saliency, rope)
         return self._run_blocks([block], x, iter([rope])), None
-
-    def _rows_for_head(self, length: int) -> int:
-        """How many leading tokens the head reads; all of them unless it is known to read fewer."""
-        model = self.model
-        kind = type(model)
-        if kind.forward_head in _TWO_TOKEN_HEADS:
-            return 2
-        own_head = kind.forward_head in (VisionTransformer.forward_head, Eva.forward_head) and kind.pool in _POOLS
-        pools_token = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
-        return 1 if own_head and pools_token else length
 
     def _saliency_options(self, include_prefix: bool) -> SaliencyOptions:
         model = self.model

@@ -4,6 +4,7 @@ from .centred_gram import centred_gram
 from .cls_saliency import cls_saliency
 from .masked_conv2d import masked_conv2d
 from .masked_conv2d_weight import masked_conv2d_weight
+from .packed_attention import packed_attention
 from .patch_embed import patch_embed
 from .registry import OPS, get_op
 from .select_tokens import select_tokens
@@ -15,6 +16,7 @@ __all__ = [
     "get_op",
     "masked_conv2d",
     "masked_conv2d_weight",
+    "packed_attention",
     "patch_embed",
     "select_tokens",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import choice, ranges
 from .arguments import lead
 
-__all__ = ["OPS", "Backend", "BadInput", "Cost", "Op", "Sample", "declare", "get_op"]
+__all__ = ["OPS", "Backend", "BadInput", "Cost", "Op", "Sample", "declare", "get_op", "require"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -115,7 +115,7 @@ class Op:
         self.check(*args)
         if self.check_values is not None:
             for condition, sentence in self.check_values(*args):
-                _assert_values(condition, sentence)
+                require(condition, sentence)
         # The caller has settled the dtypes; autocast would lower them again inside the reference.
         with torch.autocast(lead(args).device.type, enabled=False), ranges.annotate(self.name):
             return choice.choose(self, args).run(*args)
@@ -194,9 +194,17 @@ def declare(
     return op.entry
 
 
-def _assert_values(condition: Tensor, sentence: str) -> None:
-    if condition.device.type == "cpu":
-        if not condition:
-            raise ValueError(sentence)
-    else:
+def require(condition: Tensor, sentence: str) -> None:
+    """Checks what only the data can tell: on a CPU at once, on a GPU by an asynchronous assert.
+
+    Args:
+        condition: boolean scalar.
+        sentence: what is wrong when it is False.
+
+    Raises:
+        ValueError: it is False, on a CPU.
+    """
+    if condition.device.type != "cpu":
         torch._assert_async(condition, sentence)
+    elif not condition:
+        raise ValueError(sentence)

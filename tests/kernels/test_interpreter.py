@@ -13,7 +13,12 @@ import pytest
 
 @pytest.mark.parametrize(
     ("file", "at_least"),
-    [("test_numerics.py", 100), ("test_masked_numerics.py", 60), ("test_gram_numerics.py", 24)],
+    [
+        ("test_numerics.py", 100),
+        ("test_masked_numerics.py", 60),
+        ("test_gram_numerics.py", 24),
+        ("test_attention_numerics.py", 30),
+    ],
 )
 def test_numerics_under_the_interpreter(file: str, at_least: int) -> None:
     pytest.importorskip("triton")

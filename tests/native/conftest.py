@@ -4,6 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import fastmkd._native_loader as loader
 
 
 def run_command(*command, **env):
@@ -42,3 +45,24 @@ def restore_isa(native):
     before = native.active_isa()
     yield native
     native.set_isa(before)
+
+
+def isas():
+    try:
+        from fastmkd import _native
+    except ImportError:
+        return []
+    return _native.available_isas()
+
+
+@pytest.fixture(params=isas() or ["not built"])
+def ops(request):
+    """The compiled operators, on each instruction set in turn."""
+    if not loader.load().cpu:
+        pytest.skip(str(loader.load().cpu_reason))
+    from fastmkd import _native
+
+    before = _native.active_isa()
+    _native.set_isa(request.param)
+    yield torch.ops.fastmkd_native
+    _native.set_isa(before)

@@ -130,6 +130,18 @@ void test_masked_convolutions(Isa isa) {
   }
 }
 
+void test_packed_attention(Isa isa) {
+  const Kernels& table = kernels(isa);
+  for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    for (int64_t dim : {1, 8, 31, 32, 64, 72, 80}) {
+      const std::string name = std::string(isa_name(isa)) + " packed_attention dim " + std::to_string(dim);
+      expect(check::packed_attention(table, dtype, {50}, 1, dim), name + " one image");
+      expect(check::packed_attention(table, dtype, {1, 16, 17, 0, 99, 2}, 3, dim), name + " ragged");
+    }
+  }
+  expect(check::packed_attention(table, DType::f32, {577, 3}, 2, 64), std::string(isa_name(isa)) + " 577 tokens");
+}
+
 // Two threads switch and run at once: what the thread sanitizer looks at.
 void test_threads() {
   std::vector<std::thread> threads;
@@ -152,6 +164,7 @@ int main() {
   for (Isa isa : available_isas()) test_kernels(isa);
   for (Isa isa : available_isas()) test_centred_gram(isa);
   for (Isa isa : available_isas()) test_masked_convolutions(isa);
+  for (Isa isa : available_isas()) test_packed_attention(isa);
   for (const SelfTestResult& result : self_test()) expect(result.ok, "self_test " + result.name + ": " + result.detail);
   test_threads();
   std::printf("%d failed\n", failures);

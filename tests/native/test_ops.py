@@ -4,30 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import fastmkd._native_loader as loader
-
 # Half a unit in the last place, relative.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 0.0}
-
-
-def isas():
-    try:
-        from fastmkd import _native
-    except ImportError:
-        return []
-    return _native.available_isas()
-
-
-@pytest.fixture(params=isas() or ["not built"])
-def ops(request):
-    if not loader.load().cpu:
-        pytest.skip(str(loader.load().cpu_reason))
-    from fastmkd import _native
-
-    before = _native.active_isa()
-    _native.set_isa(request.param)
-    yield torch.ops.fastmkd_native
-    _native.set_isa(before)
 
 
 def rand(*shape, dtype=torch.float32, seed=0):
