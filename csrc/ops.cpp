@@ -6,6 +6,7 @@ STABLE_TORCH_LIBRARY(fastmkd_native, m) {
   m.def("centred_gram(Tensor[] features) -> Tensor");
   m.def("cls_saliency(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool include_prefix) -> Tensor");
   m.def("select_tokens(Tensor saliency, int k, int grid_h, int grid_w, int target_h, int target_w) -> Tensor");
+  m.def("stitch_tokens(Tensor student, Tensor teacher, Tensor from_teacher, Tensor position) -> Tensor");
   m.def(
       "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos, Tensor keep, int stride_h, int stride_w) "
       "-> Tensor");

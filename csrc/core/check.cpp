@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <random>
 #include <sstream>
 #include <utility>
@@ -230,6 +231,31 @@ Outcome prefill(const Kernels& kernels) {
         }
       }
     }
+  }
+  return {true, "equal"};
+}
+
+Outcome stitch_tokens(const Kernels& kernels, DType dtype, const StitchShape& shape) {
+  const int64_t rows = shape.batch * shape.tokens;
+  const Bytes student = random_values(dtype, rows * shape.width, 15);
+  const Bytes teacher = random_values(dtype, rows * shape.width, 16);
+  const Bytes position = random_values(dtype, shape.tokens * shape.width, 17);
+  const std::unique_ptr<bool[]> from_teacher(new bool[as_size(rows)]);
+  for (int64_t r = 0; r < rows; ++r) from_teacher[as_size(r)] = r % 3 == 1;
+  Bytes out(student.size(), std::byte{0xff});
+  StitchArgs args{dtype,           student.data(), teacher.data(), from_teacher.get(),
+                  position.data(), shape.tokens,   shape.width,    out.data()};
+  kernels.stitch_tokens(args, rows / 2, rows);
+  kernels.stitch_tokens(args, 0, rows / 2);
+  const std::vector<double> want = reference::stitch_tokens(args, shape.batch);
+  Bytes rounded(out.size());
+  for (size_t i = 0; i < want.size(); ++i) {
+    const auto index = static_cast<int64_t>(i);
+    // The kernel rounds twice: the sum to float32, then to the type.
+    reference::encode(dtype, static_cast<float>(want[i]), rounded.data(), index);
+    const double got = reference::decode(dtype, out.data(), index);
+    const double expected = reference::decode(dtype, rounded.data(), index);
+    if (!close(got, expected, 0)) return {false, text("element ", i, " is ", got, ", expected ", expected)};
   }
   return {true, "equal"};
 }

@@ -25,6 +25,10 @@ struct PatchShape {
   int64_t batch, channels, height, width, patch, stride, kept;
 };
 
+struct StitchShape {
+  int64_t batch, tokens, width;
+};
+
 struct ConvShape {
   int64_t n_in, n_out, cin, cout, groups, taps;
 };
@@ -47,6 +51,8 @@ Outcome conversions(const Kernels& kernels);
 
 // Bias and positions, alone, together and absent, in every type they may have.
 Outcome prefill(const Kernels& kernels);
+
+Outcome stitch_tokens(const Kernels& kernels, DType dtype, const StitchShape& shape);
 
 // Forward with and without bias; a third of the taps are absent, and row 0 has none.
 Outcome masked_conv2d(const Kernels& kernels, DType dtype, const ConvShape& shape, WeightLayout layout);

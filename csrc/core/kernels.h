@@ -53,6 +53,16 @@ struct EpilogueArgs {
   void* out;        // (rows, width)
 };
 
+struct StitchArgs {
+  DType dtype;          // of all but the mask: f32, bf16 or f16
+  const void* student;  // (batch * tokens, width), contiguous
+  const void* teacher;
+  const bool* from_teacher;  // (batch * tokens)
+  const void* position;      // (tokens, width)
+  int64_t tokens, width;
+  void* out;  // (batch * tokens, width)
+};
+
 // Masked convolution: out[o] = bias + sum over taps t of values[taps[o, t]] @ weight[:, :, t]^T; -1 adds nothing.
 struct MaskedConvArgs {
   DType dtype;                // of values: the plan says which one the kernel reads
@@ -151,6 +161,8 @@ struct Kernels {
   // Elements [begin, end): bf16 or f16 to float32 and back (round to nearest even).
   void (*widen)(DType from, const void* in, float* out, int64_t begin, int64_t end);
   void (*narrow)(DType to, const float* in, void* out, int64_t begin, int64_t end);
+  // out[r] = (from_teacher[r] ? teacher[r] : student[r]) + position[r % tokens] for rows [begin, end).
+  void (*stitch_tokens)(const StitchArgs& args, int64_t begin, int64_t end);
   // Units [begin, end) of the plan.
   ConvPlan (*masked_conv2d_plan)(const MaskedConvArgs& args);
   void (*masked_conv2d)(const MaskedConvArgs& args, int64_t begin, int64_t end, float* scratch);
@@ -182,6 +194,7 @@ struct Kernels {
   void prefill(const EpilogueArgs& args, int64_t begin, int64_t end);                                         \
   void widen(DType from, const void* in, float* out, int64_t begin, int64_t end);                             \
   void narrow(DType to, const float* in, void* out, int64_t begin, int64_t end);                              \
+  void stitch_tokens(const StitchArgs& args, int64_t begin, int64_t end);                                     \
   ConvPlan masked_conv2d_plan(const MaskedConvArgs& args);                                                    \
   void masked_conv2d(const MaskedConvArgs& args, int64_t begin, int64_t end, float* scratch);                 \
   ConvPlan masked_conv2d_weight_plan(const MaskedConvWeightArgs& args);                                       \
@@ -199,17 +212,17 @@ struct Kernels {
   void packed_attention(const PackedAttentionArgs& args, int64_t begin, int64_t end, float* scratch);         \
   }
 
-#define FASTMKD_KERNEL_TABLE(isa)                                                                                     \
-  ::fastmkd::Kernels {                                                                                                \
-    ::fastmkd::isa::cls_logits, ::fastmkd::isa::cls_softmax, ::fastmkd::isa::select_tokens,                           \
-        ::fastmkd::isa::gather_patches, ::fastmkd::isa::prefill, ::fastmkd::isa::widen, ::fastmkd::isa::narrow,       \
-        ::fastmkd::isa::masked_conv2d_plan, ::fastmkd::isa::masked_conv2d, ::fastmkd::isa::masked_conv2d_weight_plan, \
-        ::fastmkd::isa::masked_conv2d_weight, ::fastmkd::isa::masked_conv2d_weight_reduce,                            \
-        ::fastmkd::isa::masked_depthwise_plan, ::fastmkd::isa::masked_depthwise,                                      \
-        ::fastmkd::isa::masked_depthwise_weight_plan, ::fastmkd::isa::masked_depthwise_weight,                        \
-        ::fastmkd::isa::masked_depthwise_weight_reduce, ::fastmkd::isa::centred_gram_plan,                            \
-        ::fastmkd::isa::centred_gram, ::fastmkd::isa::centred_gram_reduce, ::fastmkd::isa::packed_attention_plan,     \
-        ::fastmkd::isa::packed_attention                                                                              \
+#define FASTMKD_KERNEL_TABLE(isa)                                                                               \
+  ::fastmkd::Kernels {                                                                                          \
+    ::fastmkd::isa::cls_logits, ::fastmkd::isa::cls_softmax, ::fastmkd::isa::select_tokens,                     \
+        ::fastmkd::isa::gather_patches, ::fastmkd::isa::prefill, ::fastmkd::isa::widen, ::fastmkd::isa::narrow, \
+        ::fastmkd::isa::stitch_tokens, ::fastmkd::isa::masked_conv2d_plan, ::fastmkd::isa::masked_conv2d,       \
+        ::fastmkd::isa::masked_conv2d_weight_plan, ::fastmkd::isa::masked_conv2d_weight,                        \
+        ::fastmkd::isa::masked_conv2d_weight_reduce, ::fastmkd::isa::masked_depthwise_plan,                     \
+        ::fastmkd::isa::masked_depthwise, ::fastmkd::isa::masked_depthwise_weight_plan,                         \
+        ::fastmkd::isa::masked_depthwise_weight, ::fastmkd::isa::masked_depthwise_weight_reduce,                \
+        ::fastmkd::isa::centred_gram_plan, ::fastmkd::isa::centred_gram, ::fastmkd::isa::centred_gram_reduce,   \
+        ::fastmkd::isa::packed_attention_plan, ::fastmkd::isa::packed_attention                                 \
   }
 
 }  // namespace fastmkd

@@ -237,6 +237,16 @@ std::vector<double> gather_patches(const PatchArgs& args, int64_t batch) {
   return rows;
 }
 
+std::vector<double> stitch_tokens(const StitchArgs& args, int64_t batch) {
+  std::vector<double> out;
+  for (int64_t i = 0; i < batch * args.tokens * args.width; ++i) {
+    const void* source = args.from_teacher[i / args.width] ? args.teacher : args.student;
+    const int64_t position = i % (args.tokens * args.width);
+    out.push_back(decode(args.dtype, source, i) + decode(args.dtype, args.position, position));
+  }
+  return out;
+}
+
 std::vector<double> centred_gram(const GramArgs& args) {
   const int64_t n = args.batch;
   std::vector<double> out;

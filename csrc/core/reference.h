@@ -27,6 +27,8 @@ std::vector<double> centred_gram(const GramArgs& args);
 
 // (tokens, heads, head_dim)
 std::vector<double> packed_attention(const PackedAttentionArgs& args);
+// (batch * tokens, width)
+std::vector<double> stitch_tokens(const StitchArgs& args, int64_t batch);
 
 // (n_out, cout)
 std::vector<double> masked_conv2d(const MaskedConvArgs& args);

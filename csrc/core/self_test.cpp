@@ -24,6 +24,7 @@ std::vector<SelfTestResult> self_test() {
       }
       record(isa, "centred_gram", check::centred_gram(table, dtype, {37, 150, 3}));
       record(isa, "packed_attention", check::packed_attention(table, dtype, {20, 1, 0, 37}, 2, 36));
+      record(isa, "stitch_tokens", check::stitch_tokens(table, dtype, {3, 5, 37}));
       record(isa, "gather_patches", check::gather_patches(table, dtype, {2, 3, 24, 30, 6, 5, 4}));
     }
     for (const check::ConvShape& shape :

@@ -2,7 +2,9 @@
 
 from .base import DistillMethod, DistillOutput, Panel
 from .dino import MaskedDINO
+from .dpk import DPK
+from .feature_kd import FeatureKD
 from .maskedkd import MaskedKD
 from .supervised import Supervised
 
-__all__ = ["DistillMethod", "DistillOutput", "MaskedDINO", "MaskedKD", "Panel", "Supervised"]
+__all__ = ["DPK", "DistillMethod", "DistillOutput", "FeatureKD", "MaskedDINO", "MaskedKD", "Panel", "Supervised"]

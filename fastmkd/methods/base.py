@@ -121,6 +121,13 @@ class DistillMethod(nn.Module):
         """
         return ()
 
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the method which epoch begins; one with a schedule of its own reads it, others do not care.
+
+        Args:
+            epoch: from 0.
+        """
+
     def pictures(self, images: Tensor) -> list[Panel]:
         """What this method has to show for a batch; the input alone unless a subclass adds to it.
 

@@ -8,11 +8,12 @@ cells, and the cells with the lowest scores are hidden.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["block_mask", "grid_mask", "random_mask"]
+__all__ = ["block_mask", "cell_scores", "grid_mask", "random_mask"]
 
 
 def random_mask(
@@ -43,7 +44,7 @@ def random_mask(
         tensor([4, 4])
     """
     hidden = _count_hidden(batch, grid, mask_ratio)
-    return _hide_lowest(_uniform((batch, grid[0] * grid[1]), device, generator), hidden, grid, device)
+    return _hide_lowest(cell_scores("random", batch, grid, device, generator), hidden, grid, device)
 
 
 def block_mask(
@@ -77,16 +78,7 @@ def block_mask(
         tensor([8, 8])
     """
     hidden = _count_hidden(batch, grid, mask_ratio)
-    gh, gw = grid
-    centre_y, centre_x, log_aspect = _uniform((batch, 3, 1), device, generator).unbind(1)  # each (B, 1)
-    aspect = torch.exp((2 * log_aspect - 1) * math.log(2) / 2)  # sqrt of height / width, so the ratio is 0.5 to 2
-    y = torch.arange(gh, device=aspect.device) + 0.5
-    x = torch.arange(gw, device=aspect.device) + 0.5
-    dy = (y - centre_y * gh).abs() / aspect  # (B, gh)
-    dx = (x - centre_x * gw).abs() * aspect  # (B, gw)
-    # The cells within a given Chebyshev distance of the centre form a rectangle.
-    distance = torch.maximum(dy[:, :, None], dx[:, None, :])  # (B, gh, gw)
-    return _hide_lowest(distance.flatten(1), hidden, grid, device)
+    return _hide_lowest(cell_scores("block", batch, grid, device, generator), hidden, grid, device)
 
 
 def grid_mask(
@@ -121,13 +113,65 @@ def grid_mask(
                 [1, 1]])
     """
     hidden = _count_hidden(batch, grid, mask_ratio)
-    shift = _uniform((batch, 2), device, generator)
-    thresholds = _bayer(max(grid), shift.device)  # (side, side)
+    return _hide_lowest(cell_scores("grid", batch, grid, device, generator), hidden, grid, device)
+
+
+def cell_scores(
+    kind: Literal["random", "block", "grid"],
+    batch: int,
+    grid: tuple[int, int],
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Scores the cells of each image: hiding any number of those with the lowest scores gives a mask of the kind.
+
+    Args:
+        kind: "random", "block" or "grid", see `random_mask`, `block_mask` and `grid_mask`.
+        batch: number of images B.
+        grid: ``(gh, gw)`` cells.
+        device: where the numbers are drawn unless there is a generator; None means PyTorch's default device.
+        generator: source of randomness.
+
+    Returns:
+        ``(B, gh * gw)``, on the device where the numbers were drawn.
+
+    Raises:
+        ValueError: an unknown kind.
+
+    Example:
+        >>> cell_scores("random", 2, (4, 4)).shape
+        torch.Size([2, 16])
+    """
+    if kind == "random":
+        return _uniform((batch, grid[0] * grid[1]), device, generator)
+    if kind == "block":
+        return _distance_to_centre(grid, _uniform((batch, 3, 1), device, generator))
+    if kind == "grid":
+        return _shifted_bayer(grid, _uniform((batch, 2), device, generator))
+    raise ValueError(f"mask is {kind!r}; expected 'random', 'block' or 'grid'.")
+
+
+def _distance_to_centre(grid: tuple[int, int], noise: Tensor) -> Tensor:
+    """``(B, 3, 1)`` uniform numbers -> ``(B, gh * gw)``: how far a cell is from the centre of a growing block."""
+    gh, gw = grid
+    centre_y, centre_x, log_aspect = noise.unbind(1)  # each (B, 1)
+    aspect = torch.exp((2 * log_aspect - 1) * math.log(2) / 2)  # sqrt of height / width, so the ratio is 0.5 to 2
+    y = torch.arange(gh, device=aspect.device) + 0.5
+    x = torch.arange(gw, device=aspect.device) + 0.5
+    dy = (y - centre_y * gh).abs() / aspect  # (B, gh)
+    dx = (x - centre_x * gw).abs() * aspect  # (B, gw)
+    # The cells within a given Chebyshev distance of the centre form a rectangle.
+    return torch.maximum(dy[:, :, None], dx[:, None, :]).flatten(1)
+
+
+def _shifted_bayer(grid: tuple[int, int], noise: Tensor) -> Tensor:
+    """``(B, 2)`` uniform numbers -> ``(B, gh * gw)``: the Bayer matrix, shifted for each image."""
+    thresholds = _bayer(max(grid), noise.device)  # (side, side)
     side = thresholds.shape[0]
-    shift = (shift * side).long().clamp_max(side - 1)
-    y = (torch.arange(grid[0], device=shift.device) + shift[:, :1]) % side  # (B, gh)
-    x = (torch.arange(grid[1], device=shift.device) + shift[:, 1:]) % side  # (B, gw)
-    return _hide_lowest(thresholds[y[:, :, None], x[:, None, :]].flatten(1), hidden, grid, device)
+    shift = (noise * side).long().clamp_max(side - 1)
+    y = (torch.arange(grid[0], device=noise.device) + shift[:, :1]) % side  # (B, gh)
+    x = (torch.arange(grid[1], device=noise.device) + shift[:, 1:]) % side  # (B, gw)
+    return thresholds[y[:, :, None], x[:, None, :]].flatten(1)
 
 
 def _count_hidden(batch: int, grid: tuple[int, int], mask_ratio: float) -> int:
@@ -162,7 +206,8 @@ def _hide_lowest(scores: Tensor, hidden: int, grid: tuple[int, int], device: tor
 
 def _bayer(least: int, device: torch.device) -> Tensor:
     """Bayer matrix of side 2^m >= max(least, 2): each value once; any top share of the values is evenly spread."""
-    pattern = torch.tensor([[0, 2], [3, 1]], device=device)
+    bit = torch.arange(2, device=device)
+    pattern = 2 * (bit[:, None] ^ bit) + bit[:, None]  # [[0, 2], [3, 1]], made on the device: nothing is sent there
     matrix = pattern
     while matrix.shape[0] < least:
         matrix = 4 * matrix.repeat(2, 2) + pattern.repeat_interleave(len(matrix), 0).repeat_interleave(len(matrix), 1)

@@ -8,6 +8,7 @@ from .packed_attention import packed_attention
 from .patch_embed import patch_embed
 from .registry import OPS, get_op
 from .select_tokens import select_tokens
+from .stitch_tokens import stitch_tokens
 
 __all__ = [
     "OPS",
@@ -19,4 +20,5 @@ __all__ = [
     "packed_attention",
     "patch_embed",
     "select_tokens",
+    "stitch_tokens",
 ]

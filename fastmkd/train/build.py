@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any]) -> Setup:
     kwargs = model_kwargs(recipe.student, source)
     student = build_model(recipe.student, kwargs, "student")
     seed_all(recipe.seed, "method")
-    method = build_method(recipe, student, teacher)
+    method = build_method(recipe, student, teacher, source.image_size)
     description = {
         "recipe": dataclasses.asdict(recipe),
         "student": {"name": recipe.student.name, "kwargs": kwargs},
@@ -87,21 +88,27 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any]) -> Setup:
     return Setup(recipe, source, student, teacher, method, own_identity, description)
 
 
-def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None) -> DistillMethod:
+def build_method(
+    recipe: Recipe, student: nn.Module, teacher: nn.Module | None, image_size: int | None = None
+) -> DistillMethod:
     """Makes the method of a recipe around its networks.
 
     Args:
         recipe: names the method.
         student: the network to train.
         teacher: the network to learn from, or None.
+        image_size: side of the images in pixels, for a method that asks for it and whose recipe is silent.
 
     Raises:
         UserError: the method refuses its arguments or the networks.
     """
     module, _, name = recipe.method.class_path.rpartition(".")
     kind = getattr(importlib.import_module(module), name)  # the parser has checked that it is a DistillMethod
+    arguments = dict(recipe.method.init_args)
+    if "image_size" in inspect.signature(kind).parameters and arguments.get("image_size") is None:
+        arguments["image_size"] = image_size
     try:
-        method = kind(**method_arguments(kind, student, teacher), **recipe.method.init_args)
+        method = kind(**method_arguments(kind, student, teacher), **arguments)
     except (TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -199,6 +199,7 @@ class Trainer:
         done = self.step - epoch * self.updates_per_epoch
         batches = self.loader.batches(self._plan(epoch), epoch, start=done * accumulate)
         self.method.train()
+        self.setup.method.set_epoch(epoch)
         meter.resume()
         with contextlib.closing(batches):  # type: ignore[type-var]
             for _ in range(done, self.updates_per_epoch):

@@ -18,6 +18,7 @@ import pytest
         ("test_masked_numerics.py", 60),
         ("test_gram_numerics.py", 24),
         ("test_attention_numerics.py", 30),
+        ("test_stitch_numerics.py", 16),
     ],
 )
 def test_numerics_under_the_interpreter(file: str, at_least: int) -> None:

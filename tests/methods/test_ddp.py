@@ -1,4 +1,4 @@
-"""MaskedKD under plain DistributedDataParallel: no find_unused_parameters, gradients averaged, teacher left alone."""
+"""Methods under plain DistributedDataParallel: no find_unused_parameters, gradients averaged, teacher left alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmkd.methods import MaskedDINO, MaskedKD
+from fastmkd.methods import DPK, MaskedDINO, MaskedKD
+from fastmkd.methods.dpk_ratio import CkaGap
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -50,6 +51,31 @@ for kind, options in cases:
             assert a.grad is None and options == {"linear_probe": True}, name
         else:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+# DPK: heads and student get the gradients of the whole batch, and all ranks find one ratio.
+def dpk(seed, ratio):
+    student, teacher = make(seed, VisionTransformer), make(7, VisionTransformer)
+    torch.manual_seed(seed)
+    options = {"ratio": ratio, "encoder_depth": 1, "decoder_depth": 1, "width": 8}
+    return DPK(student, teacher, {"blocks.1": "blocks.1"}, **options).train()
+
+
+method, whole = dpk(rank, 0.0), dpk(0, 0.0)
+ddp = DistributedDataParallel(method)
+for _ in range(2):
+    ddp.zero_grad()
+    ddp(images[mine], targets[mine]).loss.backward()
+whole(images, targets).loss.backward()
+for (name, a), b in zip(method.named_parameters(), whole.parameters(), strict=True):
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+method, whole = dpk(rank, "cka"), dpk(0, CkaGap(across_ranks=False))
+images, targets = torch.randn(32, 3, 16, 16), torch.arange(32) % 3
+mine = slice(16 * rank, 16 * rank + 16)
+found = DistributedDataParallel(method)(images[mine], targets[mine]).terms["ratio"]
+torch.testing.assert_close(found, whole(images, targets).terms["ratio"])
+assert 0 < found < 1
+
+images, targets, mine = images[:4], targets[:4], slice(2 * rank, 2 * rank + 2)
 
 # DINO: the centre is that of all ranks, and the teachers stay the same.
 method = MaskedDINO(make(rank, VisionTransformer), out_features=6, hidden=8, bottleneck=4, local_crops=0).train()

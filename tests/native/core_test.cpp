@@ -72,6 +72,9 @@ void test_kernels(Isa isa) {
         }
       }
     }
+    for (int64_t width : {1, 8, 37, 512}) {
+      expect(check::stitch_tokens(table, dtype, {3, 7, width}), name + "stitch_tokens width " + std::to_string(width));
+    }
     expect(check::gather_patches(table, dtype, {3, 3, 32, 48, 16, 16, 6}), name + "gather_patches 16x16");
     expect(check::gather_patches(table, dtype, {2, 1, 20, 33, 7, 3, 11}), name + "gather_patches overlapping");
   }

@@ -267,6 +267,7 @@ def test_masked_convolutions_without_rows(ops):
 
 
 S = torch.rand(2, 12)
+Z, M, P = torch.rand(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool), torch.rand(3, 4)
 Q, K = torch.rand(2, 3, 8), torch.rand(2, 3, 5, 8)
 IMG, W, KEEP = torch.rand(2, 3, 8, 8), torch.rand(6, 3, 4, 4), torch.tensor([[0, 1], [2, 3]])
 
@@ -303,6 +304,14 @@ BAD = [
     ("select_tokens", (torch.rand(12, 2).T, 2, 3, 4, 3, 4), "saliency is not contiguous"),
     ("select_tokens", (S * float("nan"), 2, 3, 4, 3, 4), "NaN or infinity"),
     ("select_tokens", (torch.tensor([[0.0, 1.0], [0.0, float("-inf")]]), 1, 1, 2, 1, 2), "row 1"),
+    ("stitch_tokens", (S, Z, M, P), "student has shape"),
+    ("stitch_tokens", (Z.double(), Z.double(), M, P.double()), "student has dtype Double"),
+    ("stitch_tokens", (Z, Z[:1], M, P), "teacher has shape"),
+    ("stitch_tokens", (Z, Z.half(), M, P), "teacher has dtype Half"),
+    ("stitch_tokens", (Z, Z, M.byte(), P), "from_teacher has dtype Byte"),
+    ("stitch_tokens", (Z, Z, M[:1], P), "from_teacher has shape"),
+    ("stitch_tokens", (Z, Z, M, P[:2]), "position has shape"),
+    ("stitch_tokens", (Z, torch.zeros(2, 4, 3).mT, M, P), "teacher is not contiguous"),
     ("cls_saliency", (Q[0], K, 1, 1.0, False), "q has shape"),
     ("cls_saliency", (Q, K[:, :2], 1, 1.0, False), "k has shape"),
     ("cls_saliency", (Q, K.half(), 1, 1.0, False), "k has dtype Half"),

@@ -1,0 +1,141 @@
+"""The methods that DPK is compared with, behind one class: cross-entropy and a `Baseline` over the same layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .base import DistillMethod, DistillOutput, split_heads, supervised_loss
+from .baselines import BASELINES, Answers, Baseline
+from .choices import choose
+from .features import Features, check_layers, input_shape, observe_maps, probe
+from .losses import logit_kd
+from .teacher_call import ask_teacher, check_teacher_dtype
+
+__all__ = ["FeatureKD"]
+
+
+class FeatureKD(DistillMethod):
+    r"""Vanilla KD, FitNet, attention transfer, DKD or ReviewKD between any two classifiers, by name.
+
+    The loss is ``ce_weight * CE + weight * base + logit_weight * KD`` with ``KD = tau^2 * KL(teacher || student)``.
+    ``base="fitnet", weight=0.2, logit_weight=0.8`` makes it DPK's loss with FitNet's transform (Table 8).
+
+    Args:
+        student: a classifier; trained in place.
+        teacher: a classifier of the same classes; frozen in place.
+        base: "kd", "fitnet", "at", "dkd", "reviewkd", or a `fastmkd.methods.baselines.Baseline` with its options.
+        layers: the stages: the teacher's layer by the student's; not needed for "kd" and "dkd".
+        weight: of the base; None takes its usual one.
+        logit_weight: of vanilla KD beside another base.
+        temperature: tau; CRD's benchmark has 4.
+        ce_weight: weight of the labels.
+        image_size: side of the training images, or (height, width); None takes the network's own.
+        teacher_device: keeps the teacher on this device.
+        teacher_dtype: runs the teacher under autocast to this dtype; None leaves it to the caller's autocast.
+
+    Raises:
+        ValueError: an argument out of range, a layer that does not exist, different classes.
+        TypeError: a network, layers or a base of the wrong type.
+
+    Example:
+        >>> import timm
+        >>> nets = [timm.create_model(name, num_classes=10) for name in ("resnet18", "resnet34")]
+        >>> method = FeatureKD(*nets, base="fitnet", layers={"layer4": "layer4"}, image_size=32)
+        >>> method(torch.randn(2, 3, 32, 32), torch.tensor([1, 2])).loss.backward()
+        >>> list(method.heads)
+        ['adapt0']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        base: str | Baseline = "kd",
+        layers: Mapping[str, str] | None = None,
+        weight: float | None = None,
+        logit_weight: float = 0.0,
+        temperature: float = 4.0,
+        *,
+        ce_weight: float = 1.0,
+        image_size: int | Sequence[int] | None = None,
+        teacher_device: torch.device | str | None = None,
+        teacher_dtype: torch.dtype | None = None,
+    ) -> None:
+        chosen = choose("base", base, Baseline, BASELINES)  # type: ignore[type-abstract]
+        weight = chosen.weight if weight is None else weight
+        for name, value in (("weight", weight), ("logit_weight", logit_weight), ("ce_weight", ce_weight)):
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}; expected a finite number of at least 0.")
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature is {temperature}; expected a finite positive number.")
+        check_teacher_dtype(teacher_dtype)
+        if chosen.needs_layers and layers is None:
+            raise ValueError(f"base {base!r} compares feature maps; name them: layers={{'layer4': 'layer4'}}.")
+        super().__init__(student, teacher, teacher_device=teacher_device)
+        try:
+            self.layers = check_layers(layers or {}, student, teacher) if chosen.needs_layers else {}
+            shape = input_shape(student, image_size)
+            own = self._answers(probe(student, "student", list(self.layers), shape), list(self.layers))
+            other = self._answers(
+                probe(teacher, "teacher", list(self.layers.values()), shape), list(self.layers.values())
+            )
+            if own.logits.shape != other.logits.shape:
+                raise ValueError(
+                    f"student has {own.logits.shape[-1]} classes and teacher {other.logits.shape[-1]}; create them "
+                    "with the same num_classes."
+                )
+        except (TypeError, ValueError):
+            self.release()
+            raise
+        self.heads.update(chosen.heads(own, other))
+        self.heads.to(next(student.parameters()).device)
+        self.base, self.weight, self.logit_weight = chosen, float(weight), float(logit_weight)
+        self.temperature, self.ce_weight, self.teacher_dtype = float(temperature), float(ce_weight), teacher_dtype
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells a base that grows over the first epochs which one begins.
+
+        Args:
+            epoch: from 0.
+        """
+        self.epoch = epoch
+
+    def forward(self, images: Tensor, targets: Tensor) -> DistillOutput:
+        """Runs both networks and returns the loss.
+
+        Args:
+            images: ``(B, C, H, W)`` floating point.
+            targets: ``(B,)`` int64 class indices or ``(B, K)`` soft labels.
+
+        Returns:
+            `DistillOutput` with the terms ``ce``, ``base``, and ``kd`` if it has a weight.
+
+        Raises:
+            ValueError: images or targets of a wrong size.
+            TypeError: targets of a wrong dtype.
+        """
+        names, of_teacher = list(self.layers), list(self.layers.values())
+        found = observe_maps(self.student, images, names)
+        heads = split_heads(found.output)
+        student = self._answers(found, names)
+        teacher = self._answers(
+            ask_teacher(self.teacher, images, self.teacher_dtype, lambda net, x: observe_maps(net, x, of_teacher)),
+            of_teacher,
+        )
+        ce = supervised_loss(heads[:1], targets)
+        base = self.base.loss(self.heads, student, teacher, targets, self.temperature, self.epoch)
+        loss, terms = self.ce_weight * ce + self.weight * base, {"ce": ce, "base": base}
+        if self.logit_weight:
+            terms["kd"] = logit_kd(student.logits, teacher.logits, self.temperature)
+            loss = loss + self.logit_weight * terms["kd"]
+        mean = torch.stack(heads).mean(0) if len(heads) > 1 else heads[0]
+        return DistillOutput(loss, {name: term.detach() for name, term in terms.items()}, mean)
+
+    def _answers(self, found: Features, names: Sequence[str]) -> Answers:
+        """The last head's logits, which learn from the teacher where there are two, and the maps in order."""
+        return Answers(split_heads(found.output)[-1], [found.maps[name] for name in names])

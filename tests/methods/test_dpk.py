@@ -1,0 +1,457 @@
+"""DPK: the forward against plain loops, where gradients go, shares, parameter counts, and refusals."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from tiny_vits import kl, tiny
+from torch import nn
+
+import fastmkd
+from fastmkd.methods.dpk_ratio import FixedRatio, LinearDecay
+
+TARGETS = torch.tensor([0, 4, 2, 1])
+SMALL = {"encoder_depth": 1, "decoder_depth": 1, "width": 16, "image_size": 24}
+
+
+class Cnn(nn.Module):
+    """Two stages, 12 x 12 and 6 x 6 for 24 x 24 images."""
+
+    def __init__(self, channels: int, classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1), nn.BatchNorm2d(channels), nn.ReLU())
+        self.last = nn.Sequential(nn.Conv2d(channels, 2 * channels, 3, 2, 1), nn.Tanh())
+        self.head = nn.Linear(2 * channels, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.last(self.stem(x)).mean((2, 3)))
+
+
+def cnn(seed: int, channels: int = 4, classes: int = 5) -> nn.Module:
+    torch.manual_seed(seed)
+    return Cnn(channels, classes).double()
+
+
+def pictures(size: int = 24, count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def make(layers=None, student=None, teacher=None, **options) -> fastmkd.DPK:
+    student, teacher = student or cnn(0), teacher or cnn(1, channels=6)
+    torch.manual_seed(2)
+    method = fastmkd.DPK(student, teacher, layers or {"last": "last"}, **{**SMALL, **options})
+    with torch.no_grad():
+        for parameter in method.heads.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return method.double()
+
+
+def tokens_by_hand(feature: torch.Tensor, lift: nn.Conv2d, blocks: nn.Module, position: torch.Tensor) -> torch.Tensor:
+    """``(C, h, w) -> (N, d)`` of one image, patch by patch."""
+    k = lift.kernel_size[0]
+    rows = []
+    for y in range(0, feature.shape[1], k):
+        for x in range(0, feature.shape[2], k):
+            patch = feature[:, y : y + k, x : x + k]
+            rows.append((lift.weight * patch).sum((1, 2, 3)) + lift.bias)
+    tokens = torch.stack(rows) + position
+    return blocks.norm(blocks.blocks(tokens[None]))[0]
+
+
+def hybrid_by_hand(stage: nn.Module, student: torch.Tensor, teacher: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
+    """``(C_S, h, w), (C_T, h, w), (N,) -> (C_T, h, w)`` of one image."""
+    k, (channels, h, w) = stage.patch_size, teacher.shape
+    of_student = tokens_by_hand(student, stage.lift_student, stage.encode_student, stage.position)
+    of_teacher = tokens_by_hand(teacher, stage.lift_teacher, stage.encode_teacher, stage.position)
+    hybrid = [of_teacher[n] if taken[n] else of_student[n] for n in range(len(taken))]
+    hybrid = torch.stack([token + place for token, place in zip(hybrid, stage.position, strict=True)])
+    decoded = stage.decode.blocks.norm(stage.decode.blocks.blocks(stage.decode.embed(hybrid)[None]))[0]
+    patches = decoded @ stage.output.weight.T + stage.output.bias
+    out = torch.zeros(channels, h, w, dtype=teacher.dtype)
+    for n, patch in enumerate(patches):
+        y, x = n // (w // k) * k, n % (w // k) * k
+        out[:, y : y + k, x : x + k] = patch.view(channels, k, k)
+    return out
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3])
+def test_loss_by_hand(patch_size, monkeypatch):
+    method = make(ratio=0.3, patch_size=patch_size, temperature=2.0)
+    stage, images = method.heads["last"], pictures()
+    drawn = []
+    import fastmkd.methods.dpk as module
+
+    original = module.draw_from_teacher
+    monkeypatch.setattr(module, "draw_from_teacher", lambda *a: drawn.append(original(*a)) or drawn[-1])
+    out = method(images, TARGETS)
+    maps = [net.last(net.stem(images)) for net in (method.student, method.teacher)]
+    tokens = (6 // patch_size) ** 2
+    assert drawn[0].sum(1).tolist() == [round(0.3 * tokens)] * 4
+    errors = [
+        (hybrid_by_hand(stage, maps[0][b], maps[1][b], drawn[0][b]) - maps[1][b]).square().mean() for b in range(4)
+    ]
+    logits = method.student(images)
+    ce, feat = F.cross_entropy(logits, TARGETS), sum(errors) / 4
+    kd = 4 * kl(logits / 2, method.teacher(images) / 2)
+    torch.testing.assert_close(out.terms["feat"], feat)
+    torch.testing.assert_close(out.terms["kd"], kd)
+    torch.testing.assert_close(out.loss, ce + 0.8 * kd + 0.2 * feat)
+    torch.testing.assert_close(out.student_output, logits)
+    assert out.terms["ratio"] == torch.tensor(0.3)
+    assert not any(term.requires_grad for term in out.terms.values())
+
+
+def test_each_image_draws_its_own_mask():
+    method = make(ratio=0.5)
+    maps = [torch.randn(64, c, 6, 6, dtype=torch.float64) for c in (8, 12)]
+    from fastmkd.methods.features import Features
+
+    ((_, _, _, taken),) = method._stitching(Features(None, {"last": maps[0]}), Features(None, {"last": maps[1]}))
+    assert taken.sum(1).tolist() == [18] * 64
+    assert len({tuple(row.tolist()) for row in taken}) > 60
+
+
+def test_gradients_reach_student_and_heads_but_not_the_teacher():
+    method = make(alpha=0.0, ratio=0.5).train()
+    method(pictures(), TARGETS).loss.backward()
+    assert [name for name, p in method.named_parameters() if p.grad is None] == []
+    assert all(p.grad is None for p in method.teacher.parameters())
+    feature_only = make(alpha=0.0, ratio=0.5).train()
+    stage, images = feature_only.heads["last"], pictures()
+    student = torch.randn(4, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+    taken = torch.zeros(4, 36, dtype=torch.bool)
+    taken[:, ::2] = True
+    stage(student, torch.randn(4, 12, 6, 6, dtype=torch.float64), taken).sum().backward()
+    assert student.grad.abs().sum() > 0
+    assert all(p.grad.abs().sum() > 0 for p in stage.parameters())
+    assert images.grad is None
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_all_or_nothing_leaves_no_parameter_without_gradient(ratio):
+    method = make(ratio=ratio).train()
+    method(pictures(), TARGETS).loss.backward()
+    assert [name for name, p in method.named_parameters() if p.grad is None] == []
+    used = "lift_student" if ratio == 0 else "lift_teacher"
+    for name in ("lift_student", "lift_teacher"):
+        assert bool(getattr(method.heads["last"], name).weight.grad.abs().sum() > 0) is (name == used)
+
+
+def test_several_stages():
+    layers = {"stem": "stem", "last": "last"}
+    method = make(layers, patch_size={"last": 3})
+    assert [stage.patch_size for stage in method.heads.values()] == [2, 3]  # 12 x 12: the least for 49 tokens
+    out = method(pictures(), TARGETS)
+    assert set(out.terms) == {"ce", "kd", "feat", "ratio", "ratio.stem", "ratio.last"}
+    torch.testing.assert_close(out.terms["ratio"], (out.terms["ratio.stem"] + out.terms["ratio.last"]) / 2)
+    one = [make({name: name}, ratio=1.0, prior="zero") for name in layers]
+    assert [len(m.heads) for m in one] == [1, 1]
+    shared = [{id(p) for p in stage.parameters()} for stage in method.heads.values()]
+    assert not shared[0] & shared[1]
+
+
+def test_dynamic_ratio_is_one_minus_cka():
+    method = make().train()
+    images = pictures(count=8)
+    out = method(images, torch.arange(8) % 5)
+    maps = [net.last(net.stem(images)) for net in (method.student, method.teacher)]
+    expected = 1 - fastmkd.cka_matrix([maps[0]], [maps[1]])[0, 0]
+    assert 0 < expected < 1
+    torch.testing.assert_close(out.terms["ratio"].double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "layers"),
+    [
+        ("cnn", "vit", {"last": "blocks.1"}),
+        ("vit", "cnn", {"blocks.1": "last"}),
+        ("vit", "vit", {"blocks.0": "blocks.0", "blocks.1": "blocks.1"}),
+    ],
+)
+def test_pairs_of_cnn_and_vit(student, teacher, layers):
+    def build(kind, seed):
+        return cnn(seed) if kind == "cnn" else tiny(seed, img_size=24, reg_tokens=seed, embed_dim=24 + 8 * seed)
+
+    method = make(layers, build(student, 0), build(teacher, 1)).train()
+    out = method(pictures(), TARGETS)
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert [name for name, p in method.named_parameters() if p.grad is None] == []
+
+
+def test_vit_map_leaves_prefix_tokens_out():
+    student, teacher = tiny(0, img_size=24, reg_tokens=2), tiny(1, img_size=24)
+    seen = {}
+    method = make({"blocks.1": "blocks.1"}, student, teacher)
+    method.heads["blocks_1"].register_forward_pre_hook(lambda _m, args: seen.update(s=args[0], t=args[1]))
+    block = {}
+    student.blocks[1].register_forward_hook(lambda _m, _a, out: block.update(s=out))
+    method(pictures(), TARGETS)
+    assert seen["s"].shape == (4, 24, 3, 3)
+    assert torch.equal(seen["s"][1, :, 2, 1], block["s"][1, 3 + 7])
+
+
+def test_masked_vits_are_what_they_wrap():
+    found = []
+    for wrap in (lambda vit: vit, fastmkd.MaskedViT):
+        student, teacher = wrap(tiny(0, img_size=24)), wrap(tiny(1, img_size=24))
+        torch.manual_seed(0)
+        method = fastmkd.DPK(student, teacher, {"blocks.1": "blocks.0"}, ratio=1.0, **SMALL).double()
+        assert method.release() is student
+        found.append(method(pictures(), TARGETS).loss)
+    torch.testing.assert_close(*found)
+
+
+def test_swin_and_convnext():
+    options = {"num_classes": 5}
+    student = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), **options)
+    teacher = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=64, depths=(1, 1, 1, 1), embed_dim=12, num_heads=(1, 1, 2, 2),
+        window_size=2, **options,
+    )  # fmt: skip
+    method = fastmkd.DPK(student, teacher, {"stages.3": "layers.3"}, **{**SMALL, "image_size": 64})
+    assert method.heads["stages_3"].lift_teacher.in_channels == 96
+    assert method(torch.randn(4, 3, 64, 64), TARGETS).loss.isfinite()
+
+
+def test_maps_of_other_sizes_are_resized_and_positions_interpolated():
+    method = make(teacher=tiny(1, img_size=24, dynamic_img_size=True), layers={"last": "blocks.1"})
+    assert method.heads["last"].made_for == (3, 3)
+    for size in (24, 40):
+        assert method(pictures(size), TARGETS).loss.isfinite()
+
+
+def test_padding_keeps_the_loss_on_the_map():
+    method = make(patch_size=4)
+    assert method.heads["last"].made_for == (2, 2)
+    student, teacher = torch.randn(2, 8, 6, 6, dtype=torch.float64), torch.randn(2, 12, 6, 6, dtype=torch.float64)
+    taken = torch.tensor([[True, False, False, True]] * 2)
+    whole = [F.pad(x, (0, 2, 0, 2)) for x in (student, teacher)]
+    stage = method.heads["last"]
+    torch.testing.assert_close(stage(student, teacher, taken), stage(*whole, taken)[:, :, :6, :6])
+
+
+@pytest.mark.parametrize("prior", ["zero", "learnable"])
+def test_priors_without_the_teacher(prior):
+    method = make(prior=prior, ratio=0.5).train()
+    stage = method.heads["last"]
+    method(pictures(), TARGETS).loss.backward()
+    assert [name for name, p in method.named_parameters() if p.grad is None] == []
+    assert not any("teacher" in name for name, _ in stage.named_parameters())
+    taken = torch.ones(2, 36, dtype=torch.bool)
+    maps = [torch.randn(2, c, 6, 6, dtype=torch.float64) for c in (8, 12)]
+    hybrid = (0 if prior == "zero" else stage.mask_token) + stage.position
+    decoded = stage.output(stage.decode(hybrid[None], (6, 6)))[0].T.view(12, 6, 6)
+    torch.testing.assert_close(stage(*maps, taken)[1], decoded)
+
+
+@pytest.mark.parametrize("transform", ["mlp-decoder", "conv", "1x1"])
+def test_other_transforms_train(transform):
+    method = make(transform=transform, ratio=0.5).train()
+    method(pictures(), TARGETS).loss.backward()
+    assert [name for name, p in method.named_parameters() if p.grad is None] == []
+
+
+def test_one_by_one_is_two_pointwise_convolutions():
+    method = make(transform="1x1")
+    stage = method.heads["last"]
+    student, teacher = torch.randn(2, 8, 6, 6, dtype=torch.float64), torch.randn(2, 12, 6, 6, dtype=torch.float64)
+    taken = torch.rand(2, 36) < 0.5
+    where = taken.view(2, 1, 6, 6)
+    mixed = torch.where(where, stage.lift_teacher(teacher), stage.lift_student(student))
+    expected = torch.einsum("oc,bchw->bohw", stage.output.weight, mixed) + stage.output.bias[:, None, None]
+    torch.testing.assert_close(stage(student, teacher, taken), expected)
+
+
+def test_non_masked_target():
+    from fastmkd.methods.dpk import feature_error
+
+    hybrid, target = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    seen = torch.rand(3, 1, 4, 4) < 0.4
+    chosen = seen.expand_as(hybrid)
+    torch.testing.assert_close(feature_error(hybrid, target, seen), (hybrid - target)[chosen].square().mean())
+    assert feature_error(hybrid, target, torch.zeros_like(seen)) == 0
+    everything = make(target="non-masked", ratio=1.0)(pictures(), TARGETS)
+    assert everything.terms["feat"] == 0
+    some = make(target="non-masked", ratio=0.5, patch_size=2)(pictures(), TARGETS)
+    assert some.terms["feat"] > 0
+
+
+@pytest.mark.parametrize(
+    ("depths", "millions"), [((1, 1), 10.5), ((2, 2), 20.0), ((4, 2), 32.6), ((4, 4), 38.9), ((6, 4), 51.5)]
+)
+def test_parameter_counts_of_table_17(depths, millions):
+    with torch.device("meta"):
+        student, teacher = timm.create_model("resnet18"), timm.create_model("resnet34")
+        method = fastmkd.DPK(student, teacher, encoder_depth=depths[0], decoder_depth=depths[1])
+    assert method.heads["layer4"].made_for == (7, 7)
+    assert round(sum(p.numel() for p in method.heads.parameters()) / 1e6, 1) == millions
+
+
+def test_student_leaves_clean():
+    student, teacher = cnn(0), cnn(1)
+    keys, frozen = list(student.state_dict()), [p.requires_grad for p in teacher.parameters()]
+    method = fastmkd.DPK(student, teacher, {"last": "last"}, **SMALL)
+    assert [k for k in method.state_dict() if k.startswith("student.")] == ["student." + k for k in keys]
+    assert not any("teacher" in k for k in method.state_dict() if not k.startswith("heads."))
+    method.double()(pictures(), TARGETS).loss.backward()
+    assert method.release() is student
+    assert list(student.state_dict()) == keys
+    assert not any(module._forward_hooks for net in (student, teacher) for module in net.modules())
+    assert [p.requires_grad for p in teacher.parameters()] == frozen
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda method: pickle.loads(pickle.dumps(method))])
+def test_copies(clone):
+    method = make(ratio=1.0)
+    twin = clone(method)
+    expected = method(pictures(), TARGETS).loss
+    assert torch.equal(twin(pictures(), TARGETS).loss, expected)
+    assert twin.heads["last"].output.weight is not method.heads["last"].output.weight
+
+
+def test_schedules_follow_the_epoch():
+    method = make(ratio="exponential")
+    method.set_epoch(3)
+    torch.testing.assert_close(method(pictures(), TARGETS).terms["ratio"], torch.tensor(0.95**3))
+    method = make(ratio={"class_path": "fastmkd.methods.dpk_ratio.LinearDecay", "init_args": {"decrement": 0.1}})
+    method.set_epoch(4)
+    torch.testing.assert_close(method(pictures(), TARGETS).terms["ratio"], torch.tensor(0.6))
+    assert make(ratio=LinearDecay()).rules["last"].decrement == 0.95
+
+
+def test_teacher_dtype_and_autocast():
+    student, teacher = cnn(0).float(), cnn(1).float()
+    seen = []
+    teacher.stem[0].register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
+    for dtype, ambient, expected in [
+        (None, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float32),
+    ]:
+        method = fastmkd.DPK(student, teacher, {"last": "last"}, teacher_dtype=dtype, **SMALL)
+        with torch.autocast("cpu", ambient, enabled=ambient is not None):
+            out = method(pictures().float(), TARGETS)
+        assert seen.pop() == expected
+        assert out.loss.dtype == torch.float32
+        method.release()
+    whole = fastmkd.DPK(student, teacher, {"last": "last"}, **SMALL).bfloat16()
+    assert whole(pictures().bfloat16(), TARGETS).loss.dtype == torch.float32
+
+
+def test_learns_the_teacher_s_map():
+    method = make(alpha=0.0, beta=10.0, width=32).float().train()
+    images, optimizer = pictures(count=8).float(), torch.optim.AdamW(method.parameters(), lr=3e-3)
+    terms = []
+    for _ in range(60):
+        out = method(images, torch.arange(8) % 5)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        terms.append({name: value.item() for name, value in out.terms.items()})
+    assert terms[-1]["feat"] < 0.3 * terms[0]["feat"]
+    assert all(0 <= step["ratio"] <= 1 for step in terms)
+
+
+def test_compiles():
+    method = make().train()
+    twin = copy.deepcopy(method)
+    torch.manual_seed(0)
+    out = torch.compile(method, backend="aot_eager")(pictures(), TARGETS)
+    torch.manual_seed(0)
+    torch.testing.assert_close(out.loss, twin(pictures(), TARGETS).loss)
+    out.loss.backward()
+    assert method.heads["last"].output.weight.grad.abs().max() > 0
+
+
+def test_pictures():
+    method = make(ratio=0.25, patch_size=3).eval()
+    panels = method.pictures(pictures())
+    assert [(p.title, p.kind) for p in panels] == [("input", "image"), ("student's part of last", "mask")]
+    assert panels[1].image.shape == (4, 24, 24)
+    assert panels[1].image.mean((1, 2)).tolist() == [0.75] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"alpha": -1}, ValueError, "alpha is -1"),
+        ({"beta": math.inf}, ValueError, "beta is inf"),
+        ({"temperature": 0}, ValueError, "temperature is 0"),
+        ({"ratio": 1.5}, ValueError, "ratio is 1.5"),
+        ({"ratio": math.nan}, ValueError, "ratio is nan"),
+        ({"ratio": "dynamic"}, ValueError, "ratio is 'dynamic'; available are 'cka', 'cosine'"),
+        ({"ratio": True}, TypeError, "ratio is a bool; expected a RatioRule"),
+        ({"ratio": "cosine"}, ValueError, "8 channels and the teacher's 12"),
+        ({"encoder_depth": -1}, ValueError, "encoder_depth is -1"),
+        ({"decoder_depth": 1.5}, ValueError, "decoder_depth is 1.5"),
+        ({"width": 0}, ValueError, "width is 0"),
+        ({"width": 131}, ValueError, "width is 131; expected less than 128 or a multiple"),
+        ({"patch_size": 0}, ValueError, "patch_size of last is 0; the map has 6 x 6"),
+        ({"patch_size": 7}, ValueError, "patch_size of last is 7"),
+        ({"patch_size": {"stem": 2}}, ValueError, "patch_size names 'stem'"),
+        ({"mask": "stripes"}, ValueError, "mask is 'stripes'"),
+        ({"prior": "noise"}, ValueError, "prior is 'noise'"),
+        ({"transform": "mlp"}, ValueError, "transform is 'mlp'; available are 'encoder-decoder'"),
+        ({"target": "masked"}, ValueError, "target is 'masked'"),
+        ({"teacher_dtype": torch.int8}, ValueError, "teacher_dtype is torch.int8"),
+        ({"image_size": 0}, ValueError, "image_size is 0"),
+        ({"image_size": (1, 2, 3)}, ValueError, "image_size is"),
+        ({"layers": {}}, ValueError, "layers is empty"),
+        ({"layers": ["last"]}, TypeError, r"layers is \['last'\]"),
+        ({"layers": {"lost": "last"}}, ValueError, "student has no module 'lost'; .* last"),
+        ({"layers": {"last": "las*"}}, ValueError, "teacher has no module 'las"),
+        ({"layers": {"head": "last"}}, ValueError, "the layer 'head' returns shape"),
+        ({"teacher_classes": 6}, ValueError, "student has 5 classes and teacher 6"),
+    ],
+)
+def test_refuses(options, error, match):
+    options = {"layers": {"last": "last"}, **SMALL, **options}
+    student, teacher = cnn(0), cnn(1, 6, options.pop("teacher_classes", 5))
+    with pytest.raises(error, match=match):
+        fastmkd.DPK(student, teacher, **options)
+    assert all(p.requires_grad for net in (student, teacher) for p in net.parameters())
+    assert student.training
+    assert teacher.training
+
+
+def test_refuses_images_and_networks():
+    with pytest.raises(ValueError, match="student has no convolution"):
+        fastmkd.DPK(nn.Sequential(nn.Flatten(), nn.Linear(3, 5)), cnn(1), {"1": "last"})
+    with pytest.raises(ValueError, match="student does not take an image of 20 x 20 pixels"):
+        make({"blocks.1": "blocks.1"}, tiny(0, img_size=24), tiny(1, img_size=24), image_size=20)
+    with pytest.raises(ValueError, match=r"targets has shape \(3,\)"):
+        make()(pictures(), TARGETS[:3])
+    twice = cnn(0)
+    twice.last = nn.Sequential(twice.stem[2], twice.last)
+    with pytest.raises(ValueError, match=r"'stem\.2' runs more than once"):
+        fastmkd.DPK(twice, cnn(1), {"stem.2": "last"}, **SMALL)
+    assert isinstance(make(ratio=0.5).rules["last"], FixedRatio)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"ratio": "cosine"}, {"mask": "block"}, {"mask": "grid", "ratio": "linear"}])
+def test_a_step_does_not_wait_for_the_gpu(options):
+    method = make(teacher=cnn(1), **options).float().cuda().train()
+    images, targets = pictures().float().cuda(), TARGETS.cuda()
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            out = method(images, targets)
+        out.loss.backward()
+        return out.loss
+
+    step()  # the first use of each op may measure and write caches
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
