@@ -2,10 +2,12 @@
 
 The meaning is that of the dense layer between two masks, ``y = conv(x * m_in) * m_out``, with the bias added at visible
 positions only. A 1 x 1 convolution is a plain matrix product of the rows; every other one is the op
-`fastmkd.ops.masked_conv2d` with the tables of the batch's plan.
+`fastmkd.ops.masked_conv2d` with the tables of the batch's plan. Where few positions are hidden and a table of
+measurements says that the dense library is faster, it is a convolution of the dense map (`fastmkd.nn.crossings`).
 
-That op gives the same bits for any number of threads; a CPU's matrix product and PyTorch's batch norm do not. Under
-``torch.use_deterministic_algorithms(True)`` 1 x 1 convolutions take the op as well, and batch norms sum in fixed order.
+The op gives the same bits for any number of threads; a CPU's matrix product, dense convolution and PyTorch's batch norm
+do not. Under ``torch.use_deterministic_algorithms(True)`` all convolutions take the op, and batch norms sum in fixed
+order.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.masked_conv2d import masked_conv2d
+from .crossings import goes_dense
+from .dense_way import dense_convolve
 from .packed import PackedFeatures, pack
 from .plan import MaskPlan, Pair, Window
 from .where import where
@@ -162,6 +166,8 @@ def convolve(
         if window.stride != (1, 1):
             values = values.index_select(0, input.plan.forward_taps(input.cell, window)[:, 0])
         return input.with_values(_pointwise(values, weight, bias, groups), size)
+    if goes_dense(values, weight, input.plan, input.cell, window, groups):
+        return input.with_values(dense_convolve(values, weight, bias, input.plan, input.cell, window, groups), size)
     taps = input.plan.taps(input.cell, window)
     out = masked_conv2d(
         values.contiguous(),  # channels may have been split off

@@ -19,7 +19,7 @@ from ..ops.registry import require
 from .neighbours import Pair, Window, tap_table
 from .where import where
 
-__all__ = ["MaskPlan", "Pair", "Taps", "Window"]
+__all__ = ["MaskPlan", "Pair", "Runs", "Taps", "Window", "output_cell"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,23 @@ class Taps:
     backward: Tensor
     forward_order: Tensor
     backward_order: Tensor
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Where the pixel runs of cells lie in a channels-last map, whose runs count ``(B, H, gw)`` in reading order.
+
+    A run is a cell's width of pixels: neighbours among the rows and in the map.
+
+    Attributes:
+        of_rows: ``(V * ch,)`` int64, the run of the map that each run of the rows is.
+        of_map: ``(B * H * gw,)`` int64, the other way round; 0 where hidden.
+        holes: int64, the runs of the map that are hidden.
+    """
+
+    of_rows: Tensor
+    of_map: Tensor
+    holes: Tensor
 
 
 class MaskPlan:
@@ -81,6 +98,7 @@ class MaskPlan:
         self._taps: dict[tuple[Pair, Window], Taps] = {}
         self._tables: dict[tuple[Pair, Window, bool], tuple[Tensor, Tensor]] = {}
         self._inside: dict[tuple[Pair, Window], Tensor] = {}
+        self._runs: dict[int, Runs] = {}
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +137,11 @@ class MaskPlan:
             cell: ``(ch, cw)`` pixels per cell.
         """
         return self.num_cells * cell[0] * cell[1]
+
+    @property
+    def visible_share(self) -> float:
+        """Visible cells among all, in (0, 1]; the host knows it."""
+        return self.num_cells / self.visible.numel()
 
     @property
     def image_of_cells(self) -> Tensor:
@@ -189,24 +212,60 @@ class MaskPlan:
         key = (cell, window)
         if key not in self._inside:
             per_axis = []
-            for a, start in enumerate(self.positions(_output_cell(self.grid, cell, window))):
+            for a, start in enumerate(self.positions(output_cell(self.grid, cell, window))):
                 reach = torch.arange(window.kernel[a], device=self.device) * window.dilation[a] - window.padding[a]
                 source = start[:, None] * window.stride[a] + reach  # (N_out, T_a)
                 per_axis.append((source >= 0) & (source < self.grid[a] * cell[a]))
             self._inside[key] = (per_axis[0][:, :, None] & per_axis[1][:, None, :]).flatten(1)
         return self._inside[key]
 
+    def runs(self, height: int) -> Runs:
+        """Returns where the pixel runs of cells lie in a dense map; cached.
+
+        Args:
+            height: ``ch``, pixel rows per cell of the map.
+
+        Example:
+            >>> MaskPlan(torch.tensor([[[False, True]]])).runs(2).of_rows
+            tensor([1, 3])
+        """
+        if height not in self._runs:
+            gw, flat = self.grid[1], self.visible.flatten()
+            with _lasting():
+                y = torch.arange(height, device=self.device)
+                hidden = torch.nonzero_static(~flat, size=flat.shape[0] - self.num_cells)[:, 0]
+                of_rows, holes = (
+                    (c // gw * (height * gw) + c % gw)[:, None].add(y * gw).flatten() for c in (self.cells, hidden)
+                )  # (V * ch,) and the same of hidden cells
+                first = self.rank.clamp(min=0).flatten(0, 1)[:, None] * height  # (B * gh, 1, gw)
+                self._runs[height] = Runs(of_rows, (first + y[:, None]).flatten(), holes)
+        return self._runs[height]
+
     def _table(self, cell: Pair, window: Window, transposed: bool = False) -> tuple[Tensor, Tensor]:
         """A table and its order, from the cache or built."""
         key = (cell, window, transposed)
         if key not in self._tables:
-            out_cell = _output_cell(self.grid, cell, window)
+            out_cell = output_cell(self.grid, cell, window)
             with _lasting():
                 self._tables[key] = tap_table(self.cells, self.rank, cell, out_cell, window, transposed)
         return self._tables[key]
 
 
-def _output_cell(grid: Pair, cell: Pair, window: Window) -> Pair:
+def output_cell(grid: Pair, cell: Pair, window: Window) -> Pair:
+    """Returns the pixels per cell of a window operation's output.
+
+    Args:
+        grid: ``(gh, gw)`` cells of an image.
+        cell: ``(ch, cw)`` of the input map.
+        window: kernel, stride, padding and dilation.
+
+    Raises:
+        ValueError: the output map is not the input map divided by the stride, so cells would not stay whole.
+
+    Example:
+        >>> output_cell((7, 7), (8, 8), Window((3, 3), (2, 2), (1, 1), (1, 1)))
+        (4, 4)
+    """
     size = (grid[0] * cell[0], grid[1] * cell[1])
     out = window.output_size(size)
     for axis in (0, 1):

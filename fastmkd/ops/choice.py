@@ -27,7 +27,7 @@ from .arguments import lead, tensors
 if TYPE_CHECKING:
     from .registry import Backend, Op
 
-__all__ = ["NAMES", "PREFERENCE", "BackendUnavailableError", "backend", "candidates", "choose", "prepare"]
+__all__ = ["NAMES", "PREFERENCE", "BackendUnavailableError", "backend", "candidates", "choose", "forced", "prepare"]
 
 NAMES = ("auto", "eager", "cpp", "triton", "cuda")
 PREFERENCE = ("cpp", "triton", "cuda", "eager")  # of those that run on the device, when nothing has been measured
@@ -67,6 +67,11 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced() -> str:
+    """The name that the innermost `backend` block asks for; ``"auto"`` outside of one."""
+    return _forced.get()
 
 
 def choose(op: Op, args: tuple[Any, ...]) -> Backend:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from dpk_networks import cnn
+from dpk_networks import pictures as four_pictures
 from tiny_vits import kl, tiny
 from torch import Tensor, nn
 
@@ -14,24 +16,8 @@ from fastmkd.methods.baselines import Answers, AttentionTransfer, DecoupledKD
 TARGETS = torch.tensor([0, 4, 2])
 
 
-class Cnn(nn.Module):
-    def __init__(self, channels: int, classes: int = 5) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1), nn.ReLU())
-        self.last = nn.Sequential(nn.Conv2d(channels, 2 * channels, 3, 2, 1), nn.Tanh())
-        self.head = nn.Linear(2 * channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.last(self.stem(x)).mean((2, 3)))
-
-
-def cnn(seed: int, channels: int = 4, classes: int = 5) -> nn.Module:
-    torch.manual_seed(seed)
-    return Cnn(channels, classes).double()
-
-
 def pictures() -> Tensor:
-    return torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return four_pictures(count=3)
 
 
 def make(student=None, teacher=None, **options) -> FeatureKD:
