@@ -33,7 +33,7 @@ from .timing import Clock, Plan, make_clock, ratios, time_interleaved
 __all__ = ["LAYERS", "Shape", "crossing", "main", "measure"]
 
 GRID = 7
-HIDDEN = (0.0, 0.1, 0.25, 0.5)  # with more hidden, rows save memory that a dense map would take back
+HIDDEN = (0.0, 0.1, 0.25, 0.53)  # with more hidden, rows save memory that a dense map would take back
 ALWAYS = 2  # so many of HIDDEN are timed even if dense loses: with nothing hidden its loss may be by chance
 MARGIN = 1.05  # dense must win by this much: a tie is packed, which needs less memory
 PLAN = Plan(seconds=0.3, min_rounds=7, max_rounds=30, warmup_seconds=0.05)
@@ -168,7 +168,7 @@ def crossing(gains: dict[float, float]) -> float | None:
     if place:  # in logarithms the gain is near a straight line between two measured shares
         below, above = (math.log(gains[shares[i]] / MARGIN) for i in (place - 1, place))
         low -= (low - shares[place - 1]) * above / (above - below)
-    return math.ceil(100 * low) / 100
+    return math.floor(100 * low) / 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
