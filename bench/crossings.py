@@ -1,14 +1,16 @@
 """Measures from which visible share on a masked convolution is faster dense, and writes the table that ``auto`` reads.
 
-``python -m fastmkd.bench.crossings`` times layers as real networks have them, each on a masked batch, forward and
-backward, through the packed op and the dense way in interleaved rounds: with nothing hidden, a tenth, and on to more as
-long as dense wins. The crossing lies between the last share at which dense won and the next; it goes into the part
-``dense_from`` of ``fastmkd/ops/tables/<device>.json``, beside the device, versions and date. Stop other work first.
+``python -m fastmkd.bench.crossings`` times layers as real networks have them, each on a masked batch, through the
+packed op and the dense way in interleaved rounds, forward and backward and then forward alone: with nothing hidden, a
+tenth, and on to more as long as dense wins. The crossing lies between the last share at which dense won and the next;
+it goes into the part ``dense_from`` of ``fastmkd/ops/tables/<device>.json``, beside device, versions and date. Stop
+other work first.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -55,10 +57,10 @@ class Shape(NamedTuple):
         k, s, p = self.kernel, self.stride, self.kernel // 2 if self.kernel % 2 else 0
         return Window((k, k), (s, s), (p, p), (1, 1))
 
-    def named(self, dtype: torch.dtype) -> str:
+    def named(self, dtype: torch.dtype, training: bool = True) -> str:
         """The class that this layer stands for."""
         cell = self.size // GRID
-        return layer_class(dtype, (self.cin, self.cout), self.window(), (cell, cell), self.groups)
+        return layer_class(dtype, (self.cin, self.cout), self.window(), (cell, cell), self.groups, training)
 
 
 def _depthwise(kernel: int, stride: int, layers: dict[int, int]) -> list[Shape]:
@@ -98,14 +100,17 @@ LAYERS = [
 ]
 
 
-def ways(shape: Shape, hidden: float, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Returns forward and backward of a layer, packed and dense; images get no gradient.
+def ways(
+    shape: Shape, hidden: float, device: torch.device, dtype: torch.dtype, training: bool
+) -> dict[str, Callable[[], Any]]:
+    """Returns a layer's pass, packed and dense: its output, or the gradients of values and weight (images get none).
 
     Args:
         shape: the layer.
         hidden: share of the cells that a block mask hides.
         device: where to run.
         dtype: of values and weight.
+        training: forward and backward, not forward alone.
     """
     generator = torch.Generator().manual_seed(0)
     mask = block_mask(shape.batch, (GRID, GRID), hidden, generator=generator)
@@ -115,21 +120,25 @@ def ways(shape: Shape, hidden: float, device: torch.device, dtype: torch.dtype) 
     def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=generator).to(device, dtype)
 
-    values = draw(plan.num_rows(cell), shape.cin).requires_grad_(shape.cin > 4)
-    weight = draw(shape.cout, shape.cin // shape.groups, *window.kernel).requires_grad_()
+    values = draw(plan.num_rows(cell), shape.cin).requires_grad_(training and shape.cin > 4)
+    weight = draw(shape.cout, shape.cin // shape.groups, *window.kernel).requires_grad_(training)
     taps = plan.taps(cell, window)
     tables = (taps.forward, taps.backward, taps.forward_order, taps.backward_order)
     grad = draw(len(taps.forward), shape.cout)
     leaves = [leaf for leaf in (values, weight) if leaf.requires_grad]
+
+    def passing(forward: Callable[[], Tensor]) -> Callable[[], Any]:
+        return (lambda: torch.autograd.grad(forward(), leaves, grad)) if training else lambda: [forward()]
+
     return {
-        "packed": lambda: torch.autograd.grad(masked_conv2d(values, weight, None, *tables, shape.groups), leaves, grad),
-        "dense": lambda: torch.autograd.grad(
-            dense_convolve(values, weight, None, plan, cell, window, shape.groups), leaves, grad
-        ),
+        "packed": passing(lambda: masked_conv2d(values, weight, None, *tables, shape.groups)),
+        "dense": passing(lambda: dense_convolve(values, weight, None, plan, cell, window, shape.groups)),
     }
 
 
-def measure(shape: Shape, clock: Clock, plan: Plan, device: torch.device, dtype: torch.dtype) -> dict[float, float]:
+def measure(
+    shape: Shape, clock: Clock, plan: Plan, device: torch.device, dtype: torch.dtype, training: bool = True
+) -> dict[float, float]:
     """Returns how many times faster dense is, by visible share, down to the first share at which it loses.
 
     Args:
@@ -138,10 +147,11 @@ def measure(shape: Shape, clock: Clock, plan: Plan, device: torch.device, dtype:
         plan: how long to measure.
         device: where to run.
         dtype: of values and weight.
+        training: forward and backward, not forward alone.
     """
     gains: dict[float, float] = {}
     for number, hidden in enumerate(HIDDEN):
-        times = time_interleaved(ways(shape, hidden, device, dtype), clock, plan)
+        times = time_interleaved(ways(shape, hidden, device, dtype, training), clock, plan)
         share = 1 - round(hidden * GRID**2) / GRID**2
         gains[share] = ratios(times, "packed")["dense"].median
         if gains[share] < MARGIN and number + 1 >= ALWAYS:
@@ -180,16 +190,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables")
     arguments = parser.parse_args(argv)
     device, clock = arguments.device, make_clock(arguments.device, device_time=False)
-    runs = {shape.named(dtype): (shape, dtype) for dtype in map(_dtype, arguments.dtype) for shape in LAYERS}
+    every = itertools.product(LAYERS, (getattr(torch, name) for name in arguments.dtype), (True, False))
+    runs = {shape.named(dtype, training): (shape, dtype, training) for shape, dtype, training in every}
     runs = {named: run for named, run in runs.items() if re.search(arguments.only, named)}
     found: dict[str, float | None] = {}
     with bar(len(runs)) as shown:
-        for named, (shape, dtype) in runs.items():
+        for named, run in runs.items():
             shown.start(named)
-            gains = measure(shape, clock, PLAN, device, dtype)
+            gains = measure(run[0], clock, PLAN, device, *run[1:])
             found[named] = crossing(gains)
             gained = ", ".join(f"{gain:.2f}x at {share:.2f}" for share, gain in gains.items())
-            print(f"{named:56} dense from {found[named] or 'never':5}  ({gained})", flush=True)
+            print(f"{named:64} dense from {found[named] or 'never':5}  ({gained})", flush=True)
     path = arguments.out / f"{device_key(device)}.json"
     known = json.loads(path.read_text()) if path.is_file() else {"choices": {}}
     known[PART] = {**known.get(PART, {}), **found}
@@ -199,10 +210,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     print(path)
     return 0
-
-
-def _dtype(name: str) -> torch.dtype:
-    return getattr(torch, name)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 The table is the part ``dense_from`` of ``fastmkd/ops/tables/<device>.json``, written by ``python -m
 fastmkd.bench.crossings``: for each class of layers the visible share from which on the dense way
-(`fastmkd.nn.dense_way`) wins forward and backward together, or null where it never does. What is not in a table, an
-unknown device above all, stays packed: it is never slow by much, and its bits do not depend on the number of threads.
+(`fastmkd.nn.dense_way`) wins, or null where it never does; once forward and backward together, and once for a forward
+pass alone, of which copying takes a larger part. What is not in a table stays packed, as on an unknown device all does.
 
 Nothing is measured at run time, and the share follows from numbers that the host knows.
 """
@@ -51,7 +51,8 @@ def goes_dense(values: Tensor, weight: Tensor, plan: MaskPlan, cell: Pair, windo
     """
     if choice.forced() != "auto" or torch.are_deterministic_algorithms_enabled() or window.padding_end is not None:
         return False
-    named = layer_class(values.dtype, (values.shape[1], weight.shape[0]), window, cell, groups)
+    training = torch.is_grad_enabled() and (values.requires_grad or weight.requires_grad)
+    named = layer_class(values.dtype, (values.shape[1], weight.shape[0]), window, cell, groups, training)
     crossing = _crossing(values.device, named)
     if crossing is None:
         return False
@@ -62,7 +63,9 @@ def goes_dense(values: Tensor, weight: Tensor, plan: MaskPlan, cell: Pair, windo
     return plan.visible_share >= crossing
 
 
-def layer_class(dtype: torch.dtype, channels: Pair, window: Window, cell: Pair, groups: int) -> str:
+def layer_class(
+    dtype: torch.dtype, channels: Pair, window: Window, cell: Pair, groups: int, training: bool = True
+) -> str:
     """Returns the class of layers that share a crossing.
 
     Args:
@@ -71,6 +74,7 @@ def layer_class(dtype: torch.dtype, channels: Pair, window: Window, cell: Pair, 
         window: kernel, stride, padding and dilation.
         cell: ``(ch, cw)`` of the input map.
         groups: as in `torch.nn.Conv2d`.
+        training: a backward pass follows.
 
     Example:
         >>> layer_class(torch.float32, (64, 128), Window((3, 3), (2, 2), (1, 1), (1, 1)), (8, 8), 1)
@@ -82,7 +86,8 @@ def layer_class(dtype: torch.dtype, channels: Pair, window: Window, cell: Pair, 
     while side < 32 and 4 * side * side <= area:
         side *= 2
     (kh, kw), stride = window.kernel, max(window.stride)
-    return f"{str(dtype).removeprefix('torch.')}/{kind}{width} channels/{kh}x{kw}/stride {stride}/cell {side}"
+    name = f"{str(dtype).removeprefix('torch.')}/{kind}{width} channels/{kh}x{kw}/stride {stride}/cell {side}"
+    return name if training else f"{name}/forward"
 
 
 def device_key(device: torch.device) -> str:

@@ -49,9 +49,12 @@ def test_every_layer_runs_and_has_a_class_of_its_own():
     for shape in crossings.LAYERS:
         small = shape._replace(cin=min(shape.cin, 2 * shape.groups), cout=2 * shape.groups, batch=1)
         small = small._replace(size=crossings.GRID * shape.stride) if shape.groups == 1 else small._replace(size=14)
-        packed, dense = (run() for run in crossings.ways(small, 0.1, torch.device("cpu"), torch.float32).values())
-        for p, d in zip(packed, dense, strict=True):
-            torch.testing.assert_close(p, d, rtol=1e-3, atol=1e-3)
+        for training in (True, False):
+            made = crossings.ways(small, 0.1, torch.device("cpu"), torch.float32, training)
+            packed, dense = (run() for run in made.values())
+            assert packed[0].requires_grad is dense[0].requires_grad is False
+            for p, d in zip(packed, dense, strict=True):
+                torch.testing.assert_close(p, d, rtol=1e-3, atol=1e-3)
 
 
 def test_writes_its_part_of_the_table(tmp_path, monkeypatch, capsys):
@@ -65,8 +68,8 @@ def test_writes_its_part_of_the_table(tmp_path, monkeypatch, capsys):
     assert written["choices"] == {"cls_saliency": "cpp"}
     assert written["verified"] == ["a/b"]
     assert written["measured"]["float32"]["torch"] == torch.__version__
-    named = SMALL.named(torch.float32)
-    assert read_table(path) == {"old": 0.5, named: pytest.approx(0.84, abs=0.02)}
+    named, about = SMALL.named(torch.float32), pytest.approx(0.84, abs=0.02)
+    assert read_table(path) == {"old": 0.5, named: about, f"{named}/forward": about}
     out = capsys.readouterr()
     assert named in out.out
-    assert "[1/1" in out.err, "progress"
+    assert "[2/2" in out.err, "progress"

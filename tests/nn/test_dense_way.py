@@ -155,7 +155,7 @@ def test_the_table_decides(table, content, dense):
 @pytest.mark.parametrize("name", [name for name in fastmkd.ops.choice.NAMES if name != "auto"])
 def test_a_forced_backend_stays_packed(table, name):
     table({NAMED: 0.1})
-    x, weight = three_quarters(), torch.zeros(4, 4, 3, 3)
+    x, weight = three_quarters(), torch.zeros(4, 4, 3, 3, requires_grad=True)
     arguments = (x.values, weight, x.plan, x.cell, SQUARE, 1)
     assert crossings.goes_dense(*arguments)
     with fastmkd.backend(name):
@@ -171,6 +171,21 @@ def test_bits_that_must_not_depend_on_threads_stay_packed(table, poisoned):
     assert not taken
 
 
+def test_a_pass_without_gradient_has_a_crossing_of_its_own(table):
+    taken = table({NAMED: 0.5, f"{NAMED}/forward": 0.9})
+    conv, x = MaskedConv2d(4, 4, 3, padding=1), three_quarters()
+    with torch.no_grad():
+        conv(x)
+    assert not taken
+    conv(x)
+    assert len(taken) == 1
+    conv.requires_grad_(False)(x)
+    assert len(taken) == 1
+    table({NAMED: 0.9, f"{NAMED}/forward": 0.5})
+    conv(x)
+    assert len(taken) == 2
+
+
 def test_uneven_padding_stays_packed(table):
     taken = table({NAMED.replace("3x3", "2x2"): 0.1})
     MaskedConv2d(4, 4, 2, padding="same")(three_quarters())
@@ -180,7 +195,7 @@ def test_uneven_padding_stays_packed(table):
 def test_an_unknown_device_stays_packed(monkeypatch):
     monkeypatch.setattr(crossings, "device_key", lambda device: "nobody-measured-this")
     x = pack(torch.randn(1, 4, 4, 4), torch.ones(1, 2, 2).bool())
-    assert not crossings.goes_dense(x.values, torch.zeros(4, 4, 3, 3), x.plan, x.cell, SQUARE, 1)
+    assert not crossings.goes_dense(x.values, torch.zeros(4, 4, 3, 3, requires_grad=True), x.plan, x.cell, SQUARE, 1)
 
 
 def test_autocast_looks_up_the_dtype_that_runs(table):
@@ -223,7 +238,7 @@ def test_compiles(table, inside):
 def test_a_count_that_a_graph_does_not_know_stays_packed(table):
     torch._dynamo.reset()
     table({NAMED: 0.5})
-    x, weight = three_quarters(), torch.zeros(4, 4, 3, 3)
+    x, weight = three_quarters(), torch.zeros(4, 4, 3, 3, requires_grad=True)
 
     def run(visible):
         plan = copy.copy(x.plan)
@@ -252,8 +267,8 @@ def test_a_broken_table_is_refused(table, content):
 
 
 def test_shipped_tables_name_classes_of_layers():
-    form = r"(float32|bfloat16|float16)/((depthwise|grouped), )?(4|16|32|64|256) channels/(\d)x\4/stride \d/cell \d+"
-    form = form.replace(r"\4", r"\5")
+    kind = r"((depthwise|grouped), )?(4|16|32|64|256) channels"
+    form = rf"(float32|bfloat16|float16)/{kind}/(\d)x\d/stride \d/cell \d+(/forward)?"
     found = [crossings.read_table(path) for path in crossings.TABLES.glob("*.json")]
     assert any(found)
     assert not [named for read in found for named in read if not re.fullmatch(form, named)]
