@@ -93,6 +93,7 @@ class MaskPlan:
                 self.cells = torch.nonzero_static(flat, size=count)[:, 0]
             # (B, gh, gw): position of a cell among the visible ones
             self.rank = torch.where(flat, flat.cumsum(0) - 1, -1).view_as(visible)
+            self._seen = visible.clone()  # what is derived later holds even if the caller's mask changes meanwhile
         self.visible = visible
         self.batch, self.grid = visible.shape[0], (visible.shape[1], visible.shape[2])
         self._taps: dict[tuple[Pair, Window], Taps] = {}
@@ -151,7 +152,7 @@ class MaskPlan:
     @property
     def cells_per_image(self) -> Tensor:
         """``(B,)`` int64, how many visible cells each image has."""
-        return self.visible.flatten(1).sum(1)
+        return self._seen.flatten(1).sum(1)
 
     def positions(self, cell: Pair) -> tuple[Tensor, Tensor]:
         """Returns where in its image each row lies, ``(N,)`` int64 each: y and x.
@@ -230,7 +231,7 @@ class MaskPlan:
             tensor([1, 3])
         """
         if height not in self._runs:
-            gw, flat = self.grid[1], self.visible.flatten()
+            gw, flat = self.grid[1], self._seen.flatten()
             with _lasting():
                 y = torch.arange(height, device=self.device)
                 hidden = torch.nonzero_static(~flat, size=flat.shape[0] - self.num_cells)[:, 0]

@@ -169,3 +169,14 @@ def test_built_on_the_gpu_without_reading_back():
     taps = MaskPlan(on_gpu, count=count).taps((4, 4), window)
     for name in ("forward", "backward", "forward_order", "backward_order"):
         assert torch.equal(getattr(taps, name).cpu(), getattr(expected, name))
+
+
+def test_a_mask_that_changes_after_pack_changes_nothing():
+    visible = torch.tensor([[[True, False], [True, True]], [[False, True], [False, False]]])
+    images, twin = torch.randn(2, 3, 4, 4), visible.clone()
+    packed, expected = pack(images, visible), pack(images, twin)
+    visible.logical_not_()
+    torch.testing.assert_close(packed.mean((2, 3)), expected.mean((2, 3)), rtol=0, atol=0)
+    torch.testing.assert_close(packed.to_dense(), expected.to_dense(), rtol=0, atol=0)
+    runs, wanted = packed.plan.runs(2), expected.plan.runs(2)
+    assert all(torch.equal(a, b) for a, b in zip(runs, wanted, strict=True))
