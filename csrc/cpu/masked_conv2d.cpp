@@ -112,9 +112,11 @@ Tensor masked_conv2d(const Tensor& values, const Tensor& weight, const std::opti
   require(args.n_out <= std::numeric_limits<int32_t>::max(), "taps has ", args.n_out,
           " rows; expected fewer than 2^31.");
   check_table(taps, "taps", args.n_out, args.num_taps);
-  check_table(taps_back, "taps_back", values.size(0), args.num_taps);
+  const bool has_gradient = taps_back.dim() != 2 || taps_back.size(0) > 0;  // else nobody wants it
+  const int64_t rows_back = has_gradient ? values.size(0) : 0;
+  check_table(taps_back, "taps_back", rows_back, args.num_taps);
   check_order(order, "order", args.n_out);
-  check_order(order_back, "order_back", values.size(0));
+  check_order(order_back, "order_back", rows_back);
   check_row_numbers(taps, "taps", values.size(0));
   if (bias) {
     require_cpu(*bias, "bias");

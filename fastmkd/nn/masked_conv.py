@@ -168,7 +168,7 @@ def convolve(
         return input.with_values(_pointwise(values, weight, bias, groups), size)
     if goes_dense(values, weight, input.plan, input.cell, window, groups):
         return input.with_values(dense_convolve(values, weight, bias, input.plan, input.cell, window, groups), size)
-    taps = input.plan.taps(input.cell, window)
+    taps = input.plan.taps(input.cell, window, backward=values.requires_grad and torch.is_grad_enabled())
     out = masked_conv2d(
         values.contiguous(),  # channels may have been split off
         weight.contiguous(),

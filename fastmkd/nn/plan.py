@@ -96,7 +96,7 @@ class MaskPlan:
             self._seen = visible.clone()  # what is derived later holds even if the caller's mask changes meanwhile
         self.visible = visible
         self.batch, self.grid = visible.shape[0], (visible.shape[1], visible.shape[2])
-        self._taps: dict[tuple[Pair, Window], Taps] = {}
+        self._taps: dict[tuple[Pair, Window, bool], Taps] = {}
         self._tables: dict[tuple[Pair, Window, bool], tuple[Tensor, Tensor]] = {}
         self._inside: dict[tuple[Pair, Window], Tensor] = {}
         self._runs: dict[int, Runs] = {}
@@ -171,21 +171,25 @@ class MaskPlan:
         grid_x = corner_x[:, None, None] + x  # (V, 1, cw)
         return grid_y.expand(-1, ch, cw).flatten(), grid_x.expand(-1, ch, cw).flatten()
 
-    def taps(self, cell: Pair, window: Window) -> Taps:
+    def taps(self, cell: Pair, window: Window, backward: bool = True) -> Taps:
         """Returns the tables of a window operation on maps with `cell` pixels per cell; cached.
 
         Args:
             cell: ``(ch, cw)`` of the input map.
             window: kernel, stride, padding and dilation.
+            backward: False leaves the tables of the input's gradient empty: those of a stem are the largest of all, and
+                images need no gradient.
 
         Raises:
             ValueError: the output map is not the input map divided by the stride, so cells would not stay whole.
         """
-        key = (cell, window)
+        key = (cell, window, backward)
         if key not in self._taps:
-            forward, forward_order = self._table(cell, window)
-            backward, backward_order = self._table(cell, window, transposed=True)
-            self._taps[key] = Taps(forward, backward, forward_order, backward_order)
+            table, order = self._table(cell, window)
+            back = (table.new_empty(0, table.shape[1]), order.new_empty(0))
+            if backward:
+                back = self._table(cell, window, transposed=True)
+            self._taps[key] = Taps(table, back[0], order, back[1])
         return self._taps[key]
 
     def forward_taps(self, cell: Pair, window: Window) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import native, triton
 from .masked_conv2d_weight import masked_conv2d_weight
 from .registry import Backend, BadInput, Cost, Sample, declare
+from .row_numbers import check_row_numbers
 from .tap_tables import gather_taps, on_device, tap_samples
 
 __all__ = ["masked_conv2d"]
@@ -50,9 +51,11 @@ def masked_conv2d(
         weight: ``(Cout, Cin / groups, kh, kw)``, as in `torch.nn.Conv2d`.
         bias: ``(Cout,)`` or None.
         taps: ``(N_out, kh * kw)`` int32, input row under each tap of each output row, -1 for none.
-        taps_back: ``(N_in, kh * kw)`` int32, output row that reads this input row through each tap, -1 for none.
+        taps_back: ``(N_in, kh * kw)`` int32, output row that reads this input row through each tap, -1 for none; empty,
+            ``(0, kh * kw)``, if `values` needs no gradient.
         order: ``(N_out,)`` int32, the output rows in the order in which to compute them.
-        order_back: ``(N_in,)`` int32, the input rows in the order in which to compute their gradients.
+        order_back: ``(N_in,)`` int32, the input rows in the order in which to compute their gradients; empty with
+            `taps_back`.
         groups: as in `torch.nn.Conv2d`.
 
     Returns:
@@ -107,6 +110,10 @@ def check(
     if weight.dim() != 4:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (Cout, Cin / groups, kh, kw).")
     n_in, cin = values.shape
+    # Empty tables are those of a gradient that nobody wants. A size that a traced graph does not know is not 0.
+    rows_back = n_in
+    if taps_back.dim() == 2 and isinstance(taps_back.shape[0], int) and taps_back.shape[0] == 0:
+        rows_back = 0
     cout, _, kh, kw = weight.shape
     if groups < 1 or cin % groups or cout % groups or weight.shape[1] != cin // groups:
         raise ValueError(
@@ -117,9 +124,9 @@ def check(
         ("weight", weight, weight.shape, values.dtype),
         ("bias", bias, (cout,), values.dtype),
         ("taps", taps, (*taps.shape[:1], kh * kw), torch.int32),
-        ("taps_back", taps_back, (n_in, kh * kw), torch.int32),
+        ("taps_back", taps_back, (rows_back, kh * kw), torch.int32),
         ("order", order, taps.shape[:1], torch.int32),
-        ("order_back", order_back, (n_in,), torch.int32),
+        ("order_back", order_back, (rows_back,), torch.int32),
     ):
         if tensor is None:
             continue
@@ -151,9 +158,13 @@ def check_values(
     order_back: Tensor,
     groups: int,
 ) -> Iterator[tuple[Tensor, str]]:
-    limits = (("taps", taps, -1, len(values)), ("taps_back", taps_back, -1, len(taps)))
-    for name, table, low, high in (*limits, ("order", order, 0, len(taps)), ("order_back", order_back, 0, len(values))):
-        yield ((table >= low) & (table < high)).all(), f"{name} holds a row number outside {low} to {high - 1}."
+    for name, table, low, end in (
+        ("taps", taps, -1, len(values)),
+        ("taps_back", taps_back, -1, len(taps)),
+        ("order", order, 0, len(taps)),
+        ("order_back", order_back, 0, len(values)),
+    ):
+        yield from check_row_numbers(name, table, low, end)
 
 
 def fake(values: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, *_: Any) -> Tensor:
@@ -171,6 +182,8 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad = grad.contiguous()
     d_values = d_weight = d_bias = None
     if ctx.needs_input_grad[0]:
+        if len(taps_back) != len(values):
+            raise ValueError("taps_back is empty, but values needs a gradient; pass the table of the other direction.")
         d_values = _entry(grad, transposed(weight, ctx.groups), None, taps_back, taps, order_back, order, ctx.groups)
     if ctx.needs_input_grad[1]:
         d_weight = masked_conv2d_weight(values, grad, taps, order, (weight.shape[2], weight.shape[3]), ctx.groups)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import native, triton
 from .registry import Backend, BadInput, Cost, Sample, declare
+from .row_numbers import check_row_numbers
 from .tap_tables import gather_taps, on_device, tap_samples
 
 __all__ = ["masked_conv2d_weight"]
@@ -90,8 +91,8 @@ def check_values(
     values: Tensor, grad: Tensor, taps: Tensor, order: Tensor, kh: int, kw: int, groups: int
 ) -> Iterator[tuple[Tensor, str]]:
     n_in, n_out = len(values), len(taps)
-    yield ((taps >= -1) & (taps < n_in)).all(), f"taps holds a row number outside -1 to {n_in - 1}."
-    yield ((order >= 0) & (order < n_out)).all(), f"order holds a row number outside 0 to {n_out - 1}."
+    yield from check_row_numbers("taps", taps, -1, n_in)
+    yield from check_row_numbers("order", order, 0, n_out)
 
 
 def fake(values: Tensor, grad: Tensor, taps: Tensor, order: Tensor, kh: int, kw: int, groups: int) -> Tensor:

@@ -102,7 +102,7 @@ def test_tables_are_shared_by_the_layers_of_a_batch():
     first, second = MaskedConv2d(3, 3, 3, padding=1), MaskedConv2d(3, 5, 3, padding=1)
     with fastmkd.backend("eager"):  # never the dense way
         second(first(x))
-    assert len(x.plan._taps) == 1
+    assert len(x.plan._tables) == 2  # one for both layers, one for the gradient in the second's input
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -178,3 +178,18 @@ def test_functional_form_and_plain_layers_work_too():
     out = plain(PACKED)
     assert isinstance(out, PackedFeatures)
     assert torch.equal(out.values, masked(PACKED).values)
+
+
+def test_tables_of_an_unwanted_gradient_are_not_built():
+    images = torch.randn(2, 3, 8, 8)
+    visible = torch.tensor([[[True, False], [True, True]], [[False, True], [True, False]]])
+    conv = MaskedConv2d(3, 4, 3, padding=1)
+    with fastmkd.backend("eager"):
+        plain = conv(pack(images, visible))
+        wanted = pack(images.clone().requires_grad_(), visible)
+        with_gradient = conv(wanted)
+    assert not any(transposed for *_, transposed in plain.plan._tables)
+    assert any(transposed for *_, transposed in wanted.plan._tables)
+    torch.testing.assert_close(plain.values, with_gradient.values, rtol=0, atol=0)
+    of_plain = torch.autograd.grad(plain.values.sum(), conv.weight)[0]
+    torch.testing.assert_close(of_plain, torch.autograd.grad(with_gradient.values.sum(), conv.weight)[0])
