@@ -89,9 +89,9 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
+            losses.append(loss.detach())  # read once an epoch: a GPU need not wait for each step
         if epoch == 1 or epoch % max(1, epochs // 5) == 0:
-            print(f"{name}, epoch {epoch} of {epochs}: loss {sum(losses) / len(losses):.3f}", flush=True)
+            print(f"{name}, epoch {epoch} of {epochs}: loss {torch.stack(losses).mean():.3f}", flush=True)
 
 
 @torch.no_grad()
