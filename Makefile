@@ -42,7 +42,7 @@ types: install
 	$(BIN)/mypy
 
 unit: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not long" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 doctest: install
 	$(BIN)/python -m pytest --doctest-modules fastmkd -q

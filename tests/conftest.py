@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 
 import pytest
 
-os.environ["FASTMKD_CACHE"] = tempfile.mkdtemp(prefix="fastmkd-test-cache-")  # before fastmkd is imported anywhere
+CACHE = tempfile.mkdtemp(prefix="fastmkd-test-cache-")
+os.environ["FASTMKD_CACHE"] = CACHE  # before fastmkd is imported anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

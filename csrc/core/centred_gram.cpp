@@ -2,7 +2,8 @@
 //
 // A unit is one part of one layer's features: chunks of kDepth features of all images are shifted by the first image,
 // transposed into panels of kColumns images and multiplied, lower triangle only. How many parts a layer has depends on
-// the shapes alone, and the second pass adds them in order, so the result does not depend on the number of threads.
+// the shapes alone, and the second pass adds them in order and in double, so that the result does not depend on the
+// number of threads and is closer to the truth than one long chain of floats.
 #include "core/conv_tile.h"
 
 namespace fastmkd::FASTMKD_ISA {
@@ -11,7 +12,8 @@ namespace {
 constexpr int64_t kDepth = 128;       // features of a chunk: a panel of it stays in the first-level cache
 constexpr int64_t kPartWidth = 8192;  // least features of a part, where there are more
 constexpr int64_t kMostParts = 32;
-constexpr int64_t kMostSums = 1 << 24;  // floats that the parts of one layer may take
+constexpr int64_t kNearWidth = 16 * kDepth;  // features of a near sum: short chains of floats lose less
+constexpr int64_t kMostSums = 1 << 24;       // floats that the parts of one layer may take
 
 // Images of a register tile. A low tile wastes little above the diagonal; 2 x kRows sums hide the latency.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -93,25 +95,41 @@ inline void multiply(const GramArgs& args, const float* packed, int64_t depth, b
   }
 }
 
+// Adds the lower triangle of `near` to that of `sums`, or begins with it.
+inline void add_near(const GramArgs& args, const float* near, bool first, float* sums) {
+  const int64_t width = padded(args.batch);
+  for (int64_t row = 0; row < args.batch; ++row) {
+    for (int64_t j = row * width; j <= row * width + row; j += kLanes) {
+      store(sums + j, first ? load(near + j) : load(sums + j) + load(near + j));
+    }
+  }
+}
+
+// The scratch holds a packed chunk and a near sum.
 template <class T>
-inline void add_part(const GramArgs& args, const GramLayer& layer, Share features, float* packed, float* sums) {
-  for (int64_t k = features.begin; k < features.end; k += kDepth) {
-    const int64_t depth = smaller(kDepth, features.end - k);
-    pack<T>(args, layer, k, depth, packed);
-    multiply(args, packed, depth, k == features.begin, sums);
+inline void add_part(const GramArgs& args, const GramLayer& layer, Share features, float* scratch, float* sums) {
+  float *packed = scratch, *near = scratch + kDepth * padded(args.batch);
+  for (int64_t start = features.begin; start < features.end; start += kNearWidth) {
+    const int64_t end = smaller(start + kNearWidth, features.end);
+    for (int64_t k = start; k < end; k += kDepth) {
+      const int64_t depth = smaller(kDepth, end - k);
+      pack<T>(args, layer, k, depth, packed);
+      multiply(args, packed, depth, k == start, near);
+    }
+    add_near(args, near, start == features.begin, sums);
   }
 }
 
 // From the lower triangle of `sums` to a whole U-centred matrix. In this order equal entries give exact zeros.
-void centre(const GramArgs& args, const float* sums, double* means, float* out) {
+void centre(const GramArgs& args, const double* sums, double* means, float* out) {
   const int64_t n = args.batch, width = padded(n);
   for (int64_t i = 0; i < n; ++i) means[i] = 0.0;
   for (int64_t i = 0; i < n; ++i) {
-    const float* row = sums + i * width;
+    const double* row = sums + i * width;
     double total = 0.0;
     for (int64_t j = 0; j < i; ++j) {
-      total += static_cast<double>(row[j]);
-      means[j] += static_cast<double>(row[j]);
+      total += row[j];
+      means[j] += row[j];
     }
     means[i] += total;
   }
@@ -122,9 +140,9 @@ void centre(const GramArgs& args, const float* sums, double* means, float* out) 
   }
   all /= static_cast<double>(n - 1);
   for (int64_t i = 0; i < n; ++i) {
-    const float* row = sums + i * width;
+    const double* row = sums + i * width;
     for (int64_t j = 0; j < i; ++j) {
-      const double value = static_cast<double>(row[j]) - means[i] - means[j] + all;
+      const double value = row[j] - means[i] - means[j] + all;
       out[i * n + j] = out[j * n + i] = static_cast<float>(value);
     }
     out[i * n + i] = 0.0f;
@@ -136,7 +154,8 @@ void centre(const GramArgs& args, const float* sums, double* means, float* out) 
 ConvPlan centred_gram_plan(const GramArgs& args) {
   ConvPlan plan{};
   for (int64_t i = 0; i < args.num_layers; ++i) plan.units += parts_of(args, args.layers[i]);
-  plan.scratch = larger(kDepth * padded(args.batch), 2 * args.batch);
+  const int64_t width = padded(args.batch), doubles = args.batch * (width + 1);
+  plan.scratch = larger((kDepth + width) * width, doubles * static_cast<int64_t>(sizeof(double) / sizeof(float)));
   plan.sums = plan.units * padded(args.batch) * padded(args.batch);
   plan.reduce_units = args.num_layers;
   return plan;
@@ -169,14 +188,17 @@ void centred_gram_reduce(const GramArgs& args, int64_t begin, int64_t end, float
   for (int64_t i = 0; i < end; ++i) {
     const int64_t parts = parts_of(args, args.layers[i]);
     if (i >= begin) {
-      for (int64_t row = 0; row < args.batch; ++row) {
-        for (int64_t j = row * width; j <= row * width + row; j += kLanes) {
-          Floats sum = load(sums + j);
-          for (int64_t p = 1; p < parts; ++p) sum += load(sums + p * square + j);
-          store(sums + j, sum);
+      // In double: a float chain over the parts of a wide layer would lose more than all the products before it.
+      double* total = reinterpret_cast<double*>(scratch);
+      for (int64_t p = 0; p < parts; ++p) {
+        for (int64_t row = 0; row < args.batch; ++row) {
+          for (int64_t j = row * width; j < row * width + row; ++j) {
+            const double part = static_cast<double>(sums[p * square + j]);
+            total[j] = p == 0 ? part : total[j] + part;
+          }
         }
       }
-      centre(args, sums, reinterpret_cast<double*>(scratch), args.out + i * args.batch * args.batch);
+      centre(args, total, total + args.batch * width, args.out + i * args.batch * args.batch);
     }
     sums += parts * square;
   }

@@ -142,6 +142,23 @@ inline int64_t start_of(int64_t vector, int64_t channels) {
   return larger(smaller(vector * kLanes, channels - kLanes), 0);
 }
 
+// Slides kRows windows over the inputs of one kernel row, loading each input once: multiply(window, tap, vector, input).
+template <int kKernel, int kRows, int kVectors, class Multiply>
+inline void slide(const float* const* inputs, int64_t channel, Multiply multiply) {
+#pragma GCC unroll 14
+  for (int j = 0; j < kRows + kKernel - 1; ++j) {
+    Floats x[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) x[v] = load(inputs[j] + channel + v * kLanes);
+#pragma GCC unroll 7
+    for (int k = 0; k < kKernel; ++k) {
+      if (j < k || j - k >= kRows) continue;
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) multiply(j - k, k, v, x[v]);
+    }
+  }
+}
+
 template <int kKernel, int kRows, class Work>
 inline void visit_windows(const Work& work, const Run& run, const float* const* inputs, int64_t first, int64_t last,
                           int64_t channels) {

@@ -48,7 +48,6 @@ struct Forward {
   // Sums of kRows windows and kVectors vectors of channels in registers; an input is loaded once for all of them.
   template <int kKernel, int kRows, int kVectors>
   void windows(int64_t vector, const Run& run, const float* const* inputs) const {
-    constexpr int kSpan = kRows + kKernel - 1;
     const int64_t c = start_of(vector, args.cout);
     Floats sum[kRows][kVectors]{};
     if (args.bias != nullptr) {
@@ -67,19 +66,9 @@ struct Forward {
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) weight[k][v] = load(row + k * width + v * kLanes);
       }
-#pragma GCC unroll 14
-      for (int j = 0; j < kSpan; ++j) {
-        Floats x[kVectors];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) x[v] = load(inputs[j] + c + v * kLanes);
-#pragma GCC unroll 7
-        for (int k = 0; k < kKernel; ++k) {
-          if (j < k || j - k >= kRows) continue;
-#pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) sum[j - k][v] += x[v] * weight[k][v];
-        }
-      }
-      inputs += kSpan;
+      slide<kKernel, kRows, kVectors>(
+          inputs, c, [&](int window, int tap, int v, const Floats& x) { sum[window][v] += x * weight[tap][v]; });
+      inputs += kRows + kKernel - 1;
     }
     float* out = args.out + run.first * args.cout + c;
 #pragma GCC unroll 8
@@ -166,7 +155,6 @@ struct WeightGradient {
   // The sums of a kernel row in registers, and the gradients of all windows.
   template <int kKernel, int kRows, int kVectors>
   void windows(int64_t vector, const Run& run, const float* const* inputs) const {
-    constexpr int kSpan = kRows + kKernel - 1;
     const int64_t c = start_of(vector, args.cout);
     Floats grad[kRows][kVectors];
     const float* from = static_cast<const float*>(args.grad) + run.first * args.cout + c;
@@ -184,24 +172,14 @@ struct WeightGradient {
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) sum[k][v] = load(row + k * width + v * kLanes);
       }
-#pragma GCC unroll 14
-      for (int j = 0; j < kSpan; ++j) {
-        Floats x[kVectors];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) x[v] = load(inputs[j] + c + v * kLanes);
-#pragma GCC unroll 7
-        for (int k = 0; k < kKernel; ++k) {
-          if (j < k || j - k >= kRows) continue;
-#pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) sum[k][v] += x[v] * grad[j - k][v];
-        }
-      }
+      slide<kKernel, kRows, kVectors>(
+          inputs, c, [&](int window, int tap, int v, const Floats& x) { sum[tap][v] += x * grad[window][v]; });
 #pragma GCC unroll 7
       for (int k = 0; k < kKernel; ++k) {
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) store(row + k * width + v * kLanes, sum[k][v]);
       }
-      inputs += kSpan;
+      inputs += kRows + kKernel - 1;
     }
   }
 
