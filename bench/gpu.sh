@@ -73,9 +73,9 @@ stage bench $(($(left) - 70)) "$OUT/bench.log" "$PYTHON" -m fastmkd.bench 'cls_s
 
 if command -v compute-sanitizer >/dev/null; then
   stage memcheck 45 "$OUT/sanitizer.log" compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "$PYTHON" -m fastmkd.ops.check select_tokens --device cuda
+    "$PYTHON" -m fastmkd.ops.check select_tokens tap_table --device cuda
   stage racecheck 30 "$OUT/sanitizer.log" compute-sanitizer --tool racecheck --error-exitcode 9 \
-    "$PYTHON" -m fastmkd.ops.check select_tokens --device cuda
+    "$PYTHON" -m fastmkd.ops.check select_tokens tap_table --device cuda
 else
   say "sanitizer  left out: compute-sanitizer is not on PATH"
 fi

@@ -12,6 +12,8 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "core/kernels.h"
 
@@ -76,6 +78,58 @@ inline SelectTokensArgs check_select_tokens(const Tensor& saliency, int64_t k, i
   args.target_w = target_w;
   args.ratio_h = static_cast<float>(static_cast<double>(grid_h) / static_cast<double>(target_h));
   args.ratio_w = static_cast<float>(static_cast<double>(grid_w) / static_cast<double>(target_w));
+  return args;
+}
+
+// Checks of fastmkd_native::tap_table that its CPU and CUDA entries share; returns what both kernels need.
+inline TapTableArgs check_tap_table(const Tensor& cells, const Tensor& rank, const std::vector<int64_t>& cell,
+                                    const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                    bool transposed) {
+  require_dim(cells, "cells", 1, "(V,)");
+  require_dim(rank, "rank", 3, "(B, gh, gw)");
+  for (const auto& [tensor, name] : {std::pair{&cells, "cells"}, std::pair{&rank, "rank"}}) {
+    require_dtype(*tensor, name, ScalarType::Long);
+    require_contiguous(*tensor, name);
+  }
+  constexpr int64_t kMostSide = int64_t{1} << 14;  // so that no product or sum of two overflows inside the kernels
+  require(rank.numel() > 0 && rank.size(1) <= kMostSide && rank.size(2) <= kMostSide, "rank has shape ",
+          shape_text(rank), "; expected (B, gh, gw), grid sides from 1 to ", kMostSide, ".");
+  const auto require_pair = [&](const std::vector<int64_t>& pair, const char* name, int64_t least) {
+    require(pair.size() == 2, name, " holds ", pair.size(), " numbers; expected 2.");
+    for (int64_t n : pair) {
+      require(n >= least && n <= kMostSide, name, " is (", pair[0], ", ", pair[1], "); expected two numbers from ",
+              least, " to ", kMostSide, ".");
+    }
+  };
+  require_pair(cell, "cell", 1);
+  require_pair(kernel, "kernel", 1);
+  require_pair(stride, "stride", 1);
+  require_pair(padding, "padding", 0);
+  require_pair(dilation, "dilation", 1);
+  const auto axis = [&](size_t a) {
+    require(cell[a] % stride[a] == 0, "stride is (", stride[0], ", ", stride[1], "); expected divisors of cell, (",
+            cell[0], ", ", cell[1], ").");
+    const auto in_side = static_cast<int32_t>(cell[a]), out_side = static_cast<int32_t>(cell[a] / stride[a]);
+    return TapAxis{transposed ? in_side : out_side,
+                   transposed ? out_side : in_side,
+                   static_cast<int32_t>(kernel[a]),
+                   static_cast<int32_t>(stride[a]),
+                   static_cast<int32_t>(padding[a]),
+                   static_cast<int32_t>(dilation[a]),
+                   transposed};
+  };
+  TapTableArgs args{};
+  args.cells = cells.const_data_ptr<int64_t>();
+  args.rank = rank.const_data_ptr<int64_t>();
+  args.num_cells = cells.size(0);
+  args.grid_h = rank.size(1);
+  args.grid_w = rank.size(2);
+  args.vertical = axis(0);
+  args.horizontal = axis(1);
+  constexpr int64_t kMostRows = (int64_t{1} << 31) - 1;
+  require(args.num_cells <= kMostRows / (cell[0] * cell[1]), "cells has ", args.num_cells, " cells of ", cell[0], " x ",
+          cell[1], " pixels; expected at most ", kMostRows, " pixels.");
   return args;
 }
 

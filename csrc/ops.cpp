@@ -8,6 +8,9 @@ STABLE_TORCH_LIBRARY(fastmkd_native, m) {
   m.def("select_tokens(Tensor saliency, int k, int grid_h, int grid_w, int target_h, int target_w) -> Tensor");
   m.def("stitch_tokens(Tensor student, Tensor teacher, Tensor from_teacher, Tensor position) -> Tensor");
   m.def(
+      "tap_table(Tensor cells, Tensor rank, int[] cell, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+      "bool transposed) -> (Tensor, Tensor)");
+  m.def(
       "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos, Tensor keep, int stride_h, int stride_w) "
       "-> Tensor");
   m.def(

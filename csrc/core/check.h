@@ -33,6 +33,11 @@ struct ConvShape {
   int64_t n_in, n_out, cin, cout, groups, taps;
 };
 
+struct TapShape {
+  int64_t batch, grid_h, grid_w, cell_h, cell_w, kernel, stride, padding, dilation;
+  int64_t hidden;  // of ten cells
+};
+
 struct GramShape {
   int64_t batch, width, padding;  // the second layer has 3 * width features; padding lies between rows
 };
@@ -57,6 +62,9 @@ Outcome stitch_tokens(const Kernels& kernels, DType dtype, const StitchShape& sh
 // Forward with and without bias; a third of the taps are absent, and row 0 has none.
 Outcome masked_conv2d(const Kernels& kernels, DType dtype, const ConvShape& shape, WeightLayout layout);
 Outcome masked_conv2d_weight(const Kernels& kernels, DType dtype, const ConvShape& shape);
+
+// Table and patterns of one direction.
+Outcome tap_table(const Kernels& kernels, const TapShape& shape, bool transposed);
 
 // Two layers far from zero.
 Outcome centred_gram(const Kernels& kernels, DType dtype, const GramShape& shape);

@@ -6,6 +6,8 @@
 
 #include <stdint.h>
 
+#include "core/tap_axis.h"
+
 namespace fastmkd {
 
 enum class DType : int { f32, bf16, f16, f64 };
@@ -61,6 +63,16 @@ struct StitchArgs {
   const void* position;      // (tokens, width)
   int64_t tokens, width;
   void* out;  // (batch * tokens, width)
+};
+
+// Where the neighbours of visible pixels lie: table[r, t] is the row under tap t of row r, -1 if there is none.
+struct TapTableArgs {
+  const int64_t* cells;  // (num_cells), numbers of the visible cells in (batch, grid_h, grid_w)
+  const int64_t* rank;   // (batch, grid_h, grid_w), position of a cell in `cells`, -1 if it is hidden
+  int64_t num_cells, grid_h, grid_w;
+  TapAxis vertical, horizontal;
+  int32_t* table;    // (num_cells * pixels, taps)
+  int64_t* pattern;  // (num_cells * pixels), bit t is set where tap t of the first kPatternTaps is present
 };
 
 // Masked convolution: out[o] = bias + sum over taps t of values[taps[o, t]] @ weight[:, :, t]^T; -1 adds nothing.
@@ -147,6 +159,22 @@ static inline int64_t select_tokens_scratch(const SelectTokensArgs& args) {
   return resizes(args) ? keys + args.grid_h * args.target_w + 4 * args.target_w : keys;
 }
 
+static inline int64_t tap_table_pixels(const TapTableArgs& args) {
+  return int64_t{args.vertical.row_side} * args.horizontal.row_side;
+}
+
+static inline int64_t tap_table_taps(const TapTableArgs& args) {
+  return int64_t{args.vertical.kernel} * args.horizontal.kernel;
+}
+
+// Per-thread scratch that tap_table needs, in 4-byte words.
+static inline int64_t tap_table_scratch(const TapTableArgs& args) {
+  const int64_t neighbours =
+      int64_t{tap_span(args.vertical, args.grid_h).count} * tap_span(args.horizontal, args.grid_w).count;
+  const int64_t pixels = tap_table_pixels(args), across = int64_t{args.horizontal.row_side} * args.horizontal.kernel;
+  return 2 * neighbours * pixels + neighbours + 1 + 2 * pixels * tap_table_taps(args) + 2 * across;
+}
+
 struct Kernels {
   // logits[b, h, i] = scale * q[b, h] . k[b, h, i] for the flattened (batch, keys) tokens [begin, end).
   void (*cls_logits)(const ClsSaliencyArgs& args, int64_t begin, int64_t end, float* scratch);
@@ -163,6 +191,8 @@ struct Kernels {
   void (*narrow)(DType to, const float* in, void* out, int64_t begin, int64_t end);
   // out[r] = (from_teacher[r] ? teacher[r] : student[r]) + position[r % tokens] for rows [begin, end).
   void (*stitch_tokens)(const StitchArgs& args, int64_t begin, int64_t end);
+  // Cells [begin, end).
+  void (*tap_table)(const TapTableArgs& args, int64_t begin, int64_t end, void* scratch);
   // Units [begin, end) of the plan.
   ConvPlan (*masked_conv2d_plan)(const MaskedConvArgs& args);
   void (*masked_conv2d)(const MaskedConvArgs& args, int64_t begin, int64_t end, float* scratch);
@@ -195,6 +225,7 @@ struct Kernels {
   void widen(DType from, const void* in, float* out, int64_t begin, int64_t end);                             \
   void narrow(DType to, const float* in, void* out, int64_t begin, int64_t end);                              \
   void stitch_tokens(const StitchArgs& args, int64_t begin, int64_t end);                                     \
+  void tap_table(const TapTableArgs& args, int64_t begin, int64_t end, void* scratch);                        \
   ConvPlan masked_conv2d_plan(const MaskedConvArgs& args);                                                    \
   void masked_conv2d(const MaskedConvArgs& args, int64_t begin, int64_t end, float* scratch);                 \
   ConvPlan masked_conv2d_weight_plan(const MaskedConvWeightArgs& args);                                       \
@@ -212,17 +243,18 @@ struct Kernels {
   void packed_attention(const PackedAttentionArgs& args, int64_t begin, int64_t end, float* scratch);         \
   }
 
-#define FASTMKD_KERNEL_TABLE(isa)                                                                               \
-  ::fastmkd::Kernels {                                                                                          \
-    ::fastmkd::isa::cls_logits, ::fastmkd::isa::cls_softmax, ::fastmkd::isa::select_tokens,                     \
-        ::fastmkd::isa::gather_patches, ::fastmkd::isa::prefill, ::fastmkd::isa::widen, ::fastmkd::isa::narrow, \
-        ::fastmkd::isa::stitch_tokens, ::fastmkd::isa::masked_conv2d_plan, ::fastmkd::isa::masked_conv2d,       \
-        ::fastmkd::isa::masked_conv2d_weight_plan, ::fastmkd::isa::masked_conv2d_weight,                        \
-        ::fastmkd::isa::masked_conv2d_weight_reduce, ::fastmkd::isa::masked_depthwise_plan,                     \
-        ::fastmkd::isa::masked_depthwise, ::fastmkd::isa::masked_depthwise_weight_plan,                         \
-        ::fastmkd::isa::masked_depthwise_weight, ::fastmkd::isa::masked_depthwise_weight_reduce,                \
-        ::fastmkd::isa::centred_gram_plan, ::fastmkd::isa::centred_gram, ::fastmkd::isa::centred_gram_reduce,   \
-        ::fastmkd::isa::packed_attention_plan, ::fastmkd::isa::packed_attention                                 \
+#define FASTMKD_KERNEL_TABLE(isa)                                                                                 \
+  ::fastmkd::Kernels {                                                                                            \
+    ::fastmkd::isa::cls_logits, ::fastmkd::isa::cls_softmax, ::fastmkd::isa::select_tokens,                       \
+        ::fastmkd::isa::gather_patches, ::fastmkd::isa::prefill, ::fastmkd::isa::widen, ::fastmkd::isa::narrow,   \
+        ::fastmkd::isa::stitch_tokens, ::fastmkd::isa::tap_table, ::fastmkd::isa::masked_conv2d_plan,             \
+        ::fastmkd::isa::masked_conv2d, ::fastmkd::isa::masked_conv2d_weight_plan,                                 \
+        ::fastmkd::isa::masked_conv2d_weight, ::fastmkd::isa::masked_conv2d_weight_reduce,                        \
+        ::fastmkd::isa::masked_depthwise_plan, ::fastmkd::isa::masked_depthwise,                                  \
+        ::fastmkd::isa::masked_depthwise_weight_plan, ::fastmkd::isa::masked_depthwise_weight,                    \
+        ::fastmkd::isa::masked_depthwise_weight_reduce, ::fastmkd::isa::centred_gram_plan,                        \
+        ::fastmkd::isa::centred_gram, ::fastmkd::isa::centred_gram_reduce, ::fastmkd::isa::packed_attention_plan, \
+        ::fastmkd::isa::packed_attention                                                                          \
   }
 
 }  // namespace fastmkd

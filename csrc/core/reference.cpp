@@ -279,6 +279,44 @@ std::vector<double> centred_gram(const GramArgs& args) {
 
 namespace {
 
+// The pixel of the other map that meets pixel `at` of this one through a tap, along one axis of the whole image; -1 for
+// none. `side` is the length of the other map.
+int64_t meeting_pixel(const TapAxis& axis, int64_t at, int64_t tap, int64_t side) {
+  for (int64_t other = 0; other < side; ++other) {
+    const int64_t out = axis.transposed ? other : at, in = axis.transposed ? at : other;
+    if (out * axis.stride + tap * axis.dilation - axis.padding == in) return other;
+  }
+  return -1;
+}
+
+}  // namespace
+
+std::vector<int32_t> tap_table(const TapTableArgs& args) {
+  const TapAxis &v = args.vertical, &h = args.horizontal;
+  std::vector<int32_t> table;
+  for (int64_t row = 0; row < args.num_cells * v.row_side * h.row_side; ++row) {
+    const int64_t cell = args.cells[row / (v.row_side * h.row_side)], pixel = row % (v.row_side * h.row_side);
+    const int64_t y = cell / args.grid_w % args.grid_h * v.row_side + pixel / h.row_side;
+    const int64_t x = cell % args.grid_w * h.row_side + pixel % h.row_side;
+    for (int64_t tap = 0; tap < v.kernel * h.kernel; ++tap) {
+      const int64_t up = meeting_pixel(v, y, tap / h.kernel, args.grid_h * v.source_side);
+      const int64_t left = meeting_pixel(h, x, tap % h.kernel, args.grid_w * h.source_side);
+      int64_t entry = -1;
+      if (up >= 0 && left >= 0) {
+        const int64_t image = cell / (args.grid_h * args.grid_w);
+        const int64_t owner =
+            args.rank[(image * args.grid_h + up / v.source_side) * args.grid_w + left / h.source_side];
+        const int64_t inside = up % v.source_side * h.source_side + left % h.source_side;
+        if (owner >= 0) entry = owner * v.source_side * h.source_side + inside;
+      }
+      table.push_back(static_cast<int32_t>(entry));
+    }
+  }
+  return table;
+}
+
+namespace {
+
 // Calls fn(o, n, out_channel, in_channel of the group, tap) for every product of a masked convolution.
 template <class Args, class Fn>
 void for_each_product(const Args& args, Fn fn) {

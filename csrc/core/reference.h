@@ -30,6 +30,9 @@ std::vector<double> packed_attention(const PackedAttentionArgs& args);
 // (batch * tokens, width)
 std::vector<double> stitch_tokens(const StitchArgs& args, int64_t batch);
 
+// (num_cells * pixels, taps), by looking every tap up at its place in the image.
+std::vector<int32_t> tap_table(const TapTableArgs& args);
+
 // (n_out, cout)
 std::vector<double> masked_conv2d(const MaskedConvArgs& args);
 

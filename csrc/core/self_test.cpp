@@ -37,6 +37,9 @@ std::vector<SelfTestResult> self_test() {
     }
     record(isa, "select_tokens", check::select_tokens(table, {3, 7, 9, 7, 9, 31}));
     record(isa, "select_tokens resized", check::select_tokens(table, {3, 7, 9, 12, 5, 31}));
+    for (bool transposed : {false, true}) {
+      record(isa, "tap_table", check::tap_table(table, {2, 3, 2, 4, 2, 3, 2, 1, 1, 4}, transposed));
+    }
     record(isa, "conversions", check::conversions(table));
     record(isa, "prefill", check::prefill(table));
   }

@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FASTMKD_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
-#else
-#include "cuda_shim.h"
-#endif
+#include "cuda/shim.cuh"
 
 namespace fastmkd::cuda {
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..ops.registry import require
-from .neighbours import Pair, Window, tap_table
+from ..ops.tap_table import group_rows, tap_table
 from .where import where
+from .window import Pair, Window
 
 __all__ = ["MaskPlan", "Pair", "Runs", "Taps", "Window", "output_cell"]
 
@@ -29,8 +30,8 @@ class Taps:
     Attributes:
         forward: ``(N_out, T)`` int32, the input row under each tap of each output row, -1 where there is none.
         backward: ``(N_in, T)`` int32, the output row that reads this input row through that tap, or -1.
-        forward_order: ``(N_out,)`` int32, output rows sorted by which taps are present, so that a tile of neighbours
-            in this order can skip the taps that all of them lack.
+        forward_order: ``(N_out,)`` int32, the output rows in the order in which to compute them: on a GPU those with
+            the same taps together, so that a tile of neighbours skips taps that all of them lack; on a CPU as they are.
         backward_order: ``(N_in,)`` int32, the same for `backward`.
     """
 
@@ -250,9 +251,13 @@ class MaskPlan:
         """A table and its order, from the cache or built."""
         key = (cell, window, transposed)
         if key not in self._tables:
-            out_cell = output_cell(self.grid, cell, window)
+            output_cell(self.grid, cell, window)  # raises if cells would not stay whole
             with _lasting():
-                self._tables[key] = tap_table(self.cells, self.rank, cell, out_cell, window, transposed)
+                table, pattern = tap_table(self.cells, self.rank, cell, *window[:4], transposed)
+                # The C++ kernels go through rows in memory order and never look at this: nothing is sorted on a CPU.
+                on_cpu = pattern.device.type == "cpu"
+                order = torch.arange(pattern.shape[0], dtype=torch.int32) if on_cpu else group_rows(pattern)
+                self._tables[key] = table, order
         return self._tables[key]
 
 

@@ -9,6 +9,7 @@ from .patch_embed import patch_embed
 from .registry import OPS, get_op
 from .select_tokens import select_tokens
 from .stitch_tokens import stitch_tokens
+from .tap_table import tap_table
 
 __all__ = [
     "OPS",
@@ -21,4 +22,5 @@ __all__ = [
     "patch_embed",
     "select_tokens",
     "stitch_tokens",
+    "tap_table",
 ]

@@ -22,14 +22,14 @@ def tensors(args: tuple[Any, ...]) -> list[Tensor]:
     for a in args:
         if isinstance(a, Tensor):
             found.append(a)
-        elif isinstance(a, list | tuple):
+        elif isinstance(a, (list, tuple)) and not (a and isinstance(a[0], int)):
             found += tensors(tuple(a))
     return found
 
 
 def lead(args: tuple[Any, ...]) -> Tensor:
     """The first tensor of `args`: its device and dtype stand for the call's."""
-    return tensors(args)[0]
+    return args[0] if isinstance(args[0], Tensor) else tensors(args)[0]
 
 
 def map_tensors(function: Callable[[Tensor], Any], args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import torch
 
 from . import cache
 from .accuracy import judge, upcast
+from .arguments import tensors
 from .registry import OPS, Backend, Op, Sample
 
 __all__ = ["Row", "check_all", "check_sample", "main"]
@@ -49,14 +50,14 @@ def check_sample(op: Op, backend: Backend, sample: Sample, dtype: torch.dtype) -
     label = (op.name, backend.name, str(dtype).removeprefix("torch."), sample.name)
     args = sample.args
     try:
-        out = backend.run(*args)
-        again = backend.run(*args)
+        out, again = tensors((backend.run(*args),)), tensors((backend.run(*args),))
         if sample.huge:  # float64 would not fit; the reference in the same dtype has to do
-            exact = plain = op.reference(*args)
+            exact = plain = tensors((op.reference(*args),))
         else:
-            exact, plain = op.reference(*upcast(args)), op.reference(*args)
-        found = judge(out, exact, plain)
-        if found.ok and not torch.equal(out, again):
+            exact, plain = (tensors((op.reference(*a),)) for a in (upcast(args), args))
+        verdicts = [judge(*parts) for parts in zip(out, exact, plain, strict=True)]
+        found = next((v for v in verdicts if not v.ok), verdicts[0])
+        if found.ok and not all(map(torch.equal, out, again)):
             return Row(*label, "wrong", found.error, found.allowed, "two runs on the same inputs differ")
     except Exception as error:
         return Row(*label, "error", detail=f"{type(error).__name__}: {error}")

@@ -148,6 +148,7 @@ def declare(
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
     check_values: Callable[..., Iterable[tuple[Tensor, str]]] | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> Callable[..., Any]:
     """Declares an op and registers it with PyTorch as ``fastmkd::<name>``.
 
@@ -164,12 +165,13 @@ def declare(
         setup_context: saves for backward, as in ``torch.library.register_autograd``.
         check_values: yields (boolean scalar tensor, sentence) pairs. On the CPU a False raises ValueError; on a GPU it
             is an asynchronous assert, so that no step waits for it.
+        dtypes: of the first tensor that the reference takes.
 
     Returns:
         The operator, a callable with the schema's positional arguments.
     """
     name = schema.split("(", 1)[0]
-    eager = Backend("eager", reference, device="any")
+    eager = Backend("eager", reference, "any", dtypes)
     op = Op(
         name=name,
         schema=schema,

@@ -11,14 +11,17 @@ __all__ = ["check_row_numbers"]
 _CHECKED = "_fastmkd_row_numbers"  # on the table: (lowest, end, version) that were found right
 
 
-def check_row_numbers(name: str, table: Tensor, low: int, end: int) -> Iterator[tuple[Tensor, str]]:
+def check_row_numbers(
+    name: str, table: Tensor, low: int, end: int, what: str = "a row number"
+) -> Iterator[tuple[Tensor, str]]:
     """Yields what an op's ``check_values`` yields, unless this table was found right before and has not changed since.
 
     Args:
         name: of the argument.
-        table: int32 numbers.
+        table: of integers.
         low: the least that is allowed.
         end: the first that is too large.
+        what: they are.
 
     Example:
         >>> import torch
@@ -34,7 +37,7 @@ def check_row_numbers(name: str, table: Tensor, low: int, end: int) -> Iterator[
     version = None if table.is_inference() else table._version
     if version is not None and getattr(table, _CHECKED, None) == (low, end, version):
         return
-    yield ((table >= low) & (table < end)).all(), f"{name} holds a row number outside {low} to {end - 1}."
+    yield ((table >= low) & (table < end)).all(), f"{name} holds {what} outside {low} to {end - 1}."
     # Only after the caller has not raised. On a GPU the assertion is under way: once is enough there too.
     if version is not None:
         setattr(table, _CHECKED, (low, end, version))

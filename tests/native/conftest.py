@@ -1,4 +1,6 @@
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,26 @@ def child():
 @pytest.fixture(scope="session")
 def root():
     return Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory, run, root):
+    """Compiles csrc/cuda/<name>.cuh for this CPU and returns its function from <name>_shim.cpp."""
+    compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    folder = root / "tests" / "native"
+    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror"]
+
+    def build(name):
+        library = tmp_path_factory.mktemp("shim") / f"{name}.so"
+        run(
+            compiler, "-std=c++20", "-O1", *warnings, "-shared", "-fPIC", f"-I{folder}", f"-I{root / 'csrc'}",
+            folder / f"{name}_shim.cpp", "-o", library,
+        )  # fmt: skip
+        return getattr(ctypes.CDLL(str(library)), f"{name}_shim")
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -133,6 +133,23 @@ void test_masked_convolutions(Isa isa) {
   }
 }
 
+void test_tap_table(Isa isa) {
+  // Batch, grid, cell, kernel, stride, padding, dilation, tenths hidden: a layer; one visible cell; all visible; a
+  // stem; a stride without a kernel; a large kernel on single pixels; dilation beyond the grid; taps that all miss.
+  const check::TapShape shapes[] = {
+      {3, 4, 4, 2, 2, 3, 1, 1, 1, 5}, {1, 3, 3, 2, 1, 3, 1, 1, 1, 10}, {2, 2, 3, 3, 2, 3, 1, 1, 1, 0},
+      {2, 2, 2, 8, 8, 7, 2, 3, 1, 5}, {2, 3, 2, 4, 2, 1, 2, 0, 1, 5},  {1, 9, 7, 1, 1, 9, 1, 4, 1, 3},
+      {2, 3, 3, 2, 2, 3, 1, 9, 9, 3}, {1, 2, 2, 2, 2, 2, 1, 90, 1, 0}, {4, 1, 1, 4, 6, 4, 2, 1, 2, 0},
+  };
+  for (const check::TapShape& shape : shapes) {
+    for (bool transposed : {false, true}) {
+      expect(check::tap_table(kernels(isa), shape, transposed),
+             std::string(isa_name(isa)) + " tap_table " + std::to_string(shape.kernel) + " on " +
+                 std::to_string(shape.grid_h) + " x " + std::to_string(shape.grid_w));
+    }
+  }
+}
+
 void test_packed_attention(Isa isa) {
   const Kernels& table = kernels(isa);
   for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
@@ -168,6 +185,7 @@ int main() {
   for (Isa isa : available_isas()) test_centred_gram(isa);
   for (Isa isa : available_isas()) test_masked_convolutions(isa);
   for (Isa isa : available_isas()) test_packed_attention(isa);
+  for (Isa isa : available_isas()) test_tap_table(isa);
   for (const SelfTestResult& result : self_test()) expect(result.ok, "self_test " + result.name + ": " + result.detail);
   test_threads();
   std::printf("%d failed\n", failures);
