@@ -36,6 +36,13 @@ def test_method_by_name_or_path_and_its_arguments_as_options(tmp_path, text):
     assert not {"student", "teacher"} & set(recipe.method.init_args)
 
 
+@pytest.mark.parametrize("method", ["fastmkd.MaskedKD", "fastmkd.DPK", "fastmkd.methods.FeatureKD"])
+@pytest.mark.parametrize("value", [True, False, "max-autotune"])
+def test_the_teacher_s_compilation_is_a_key(tmp_path, method, value):
+    text = f"method: {{class_path: {method}, init_args: {{teacher_compile: {str(value).lower()}}}}}"
+    assert load_recipe(write(tmp_path, text)).method.init_args["teacher_compile"] is value or isinstance(value, str)
+
+
 def test_teacher_recipe_is_found_beside_the_recipe(tmp_path):
     recipe = load_recipe(write(tmp_path, "teacher: {recipe: other.yaml, options: {schedule.epochs: 2}}"))
     assert recipe.teacher is not None
