@@ -163,7 +163,9 @@ def maskedkd_step(setting: Setting, student: str, teacher: str, percent: int) ->
         lacks = why_no_compiler()
         step = ours(our_losses, teacher_compile=True)
         variants.append(Variant("fastmkd, compiled teacher", step, masked, unavailable=lacks))
-        variants.append(Variant("apart, compiled teacher", apart(compiled=True), Answer(flops=least), unavailable=lacks))
+        variants.append(
+            Variant("apart, compiled teacher", apart(compiled=True), Answer(flops=least), unavailable=lacks)
+        )
     if not setting.quick:
         variants.append(compile_variant("public code, compiled", public_losses, masked, plain))
         variants.append(compile_variant("fastmkd, compiled", our_losses, masked, ours))

@@ -47,7 +47,7 @@ class TeacherCall(Generic[A]):
         self,
         observe: Callable[..., A],
         dtype: torch.dtype | None = None,
-        compile: bool | CompileMode = False,  # noqa: A002 (as torch names it)
+        compile: bool | CompileMode = False,
     ) -> None:
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"teacher_dtype is {dtype}; expected torch.bfloat16, float16, float32 or None.")
