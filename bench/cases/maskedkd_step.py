@@ -1,4 +1,4 @@
-"""A training step, DeiT-Ti student and DeiT-S teacher: alone, full distillation, masked the public way, and ours."""
+"""A MaskedKD training step: the student alone, full distillation, masked the public way, ours, and its bound."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmkd import MaskedKD
+from fastmkd import MaskedKD, MaskedViT
 from fastmkd.reference import masked_vit_forward
 
-from ..models import images_for, vit, vit_flops
-from ..op_entries import compile_variant
+from ..models import images_for, keep_for, vit, vit_flops
+from ..op_entries import compile_variant, why_no_compiler
 from ..registry import Answer, Case, Setting, Variant, benchmark
 
 PATCHES, KEPT, CLASSES = 196, 98, 1000
@@ -69,6 +69,13 @@ def student_loss(student: nn.Module, teacher: nn.Module, images: Tensor, targets
     return (F.cross_entropy(student(images), targets),)
 
 
+def apart_losses(student: nn.Module, ask: Callable[..., Any], images: Tensor, keep: Tensor, targets: Tensor) -> Losses:
+    """What a step cannot do without: the student's own, and the teacher on some patches, neither knowing the other."""
+    with torch.no_grad():
+        target = ask(images, keep)
+    return F.cross_entropy(student(images), targets), target.sum() * 0
+
+
 def our_losses(method: MaskedKD, images: Tensor, targets: Tensor) -> Losses:
     """MaskedKD through the library; its loss is the sum of both, with all weights one."""
     out = method(images, targets)
@@ -91,36 +98,56 @@ def _step(setting: Setting, module: nn.Module, function: Callable[..., Any], *ar
     return run
 
 
+def _mode(setting: Setting) -> str:
+    """What ``teacher_compile=True`` takes."""
+    return "reduce-overhead" if setting.on_gpu else "default"
+
+
 def _grid(setting: Setting) -> list[dict[str, Any]]:
-    return [{"percent": 50}]
+    pairs = [("DeiT-Ti", "DeiT-S"), ("DeiT-S", "DeiT-B")]
+    if setting.quick:
+        pairs = pairs[1:] if setting.on_gpu else pairs[:1]
+    return [{"student": student, "teacher": teacher, "percent": 50} for student, teacher in pairs]
 
 
-@benchmark("maskedkd_step", summary="training step, DeiT-Ti from DeiT-S at 50 %: forward, backward, AdamW", grid=_grid)
-def maskedkd_step(setting: Setting, percent: int) -> Case:
-    """Random weights; the student's last queries and keys are scaled up, so that scores differ as trained ones do."""
+@benchmark("maskedkd_step", summary="training step, DeiT at 50 %: forward, backward, AdamW", grid=_grid)
+def maskedkd_step(setting: Setting, student: str, teacher: str, percent: int) -> Case:
+    """Random weights; the student's last queries and keys are scaled up, so that scores differ as trained ones do.
+
+    The two variants "apart" run the student's step and the masked teacher's forward one after the other with nothing in
+    between: the bound of a step whose parts take what they take.
+    """
+    kept = percent * PATCHES // 100
+    panel = f"{student} from {teacher}"
     batch = 256 if setting.on_gpu else 8
     images, targets = images_for(batch, setting), torch.randint(CLASSES, (batch,), device=setting.device)
-    student, teacher = vit("DeiT-Ti", setting).train(), vit("DeiT-S", setting).requires_grad_(False)
+    own, other = vit(student, setting).train(), vit(teacher, setting).requires_grad_(False)
     with torch.no_grad():
-        student.blocks[-1].attn.qkv.weight[: 2 * student.embed_dim] *= 8
+        own.blocks[-1].attn.qkv.weight[: 2 * own.embed_dim] *= 8
+    some = keep_for(batch, PATCHES, kept, setting)
 
     def exact() -> Losses:
-        wide = [copy.deepcopy(model).double() for model in (student, teacher)]
+        wide = [copy.deepcopy(model).double() for model in (own, other)]
         with torch.no_grad():
             return public_losses(*wide, images.double(), targets)
 
-    kept = percent * PATCHES // 100
-    alone = 3 * vit_flops(student, batch, PATCHES)  # a backward pass costs two forward passes
-    whole = Answer(flops=alone + vit_flops(teacher, batch, PATCHES))
-    masked = Answer(exact, alone + vit_flops(teacher, batch, kept), floor=FLOORS[setting.dtype])
+    alone = 3 * vit_flops(own, batch, PATCHES)  # a backward pass costs two forward passes
+    whole = Answer(flops=alone + vit_flops(other, batch, PATCHES))
+    least = alone + vit_flops(other, batch, kept)
+    masked = Answer(exact, least, floor=FLOORS[setting.dtype])
 
     # Each way has its own student, so that neither hooks nor gradients are shared.
     def plain(function: Callable[..., Any]) -> Step:
-        own = copy.deepcopy(student)
-        return _step(setting, own, function, own, teacher, images, targets)
+        net = copy.deepcopy(own)
+        return _step(setting, net, function, net, other, images, targets)
 
-    def ours(function: Callable[..., Any]) -> Step:
-        method = MaskedKD(copy.deepcopy(student), copy.deepcopy(teacher), keep_ratio=percent / 100)
+    def apart(compiled: bool) -> Step:
+        net, ask = copy.deepcopy(own), MaskedViT(copy.deepcopy(other))
+        run = torch.compile(ask, dynamic=False, mode=_mode(setting)) if compiled else ask
+        return _step(setting, net, apart_losses, net, run, images, some, targets)
+
+    def ours(function: Callable[..., Any], **options: Any) -> Step:
+        method = MaskedKD(copy.deepcopy(own), copy.deepcopy(other), keep_ratio=percent / 100, **options)
         return _step(setting, method, function, method, images, targets)
 
     variants = [
@@ -128,13 +155,23 @@ def maskedkd_step(setting: Setting, percent: int) -> Case:
         Variant("student alone", plain(student_loss), Answer(flops=alone)),
         Variant("public code", plain(public_losses), masked, plain=True),
         Variant("fastmkd", ours(our_losses), masked),
+        Variant("apart", apart(compiled=False), Answer(flops=least)),
     ]
+    if setting.dtype == "fp32":
+        variants.append(Variant("fastmkd, teacher in bf16", ours(our_losses, teacher_dtype=torch.bfloat16), Answer()))
+    if setting.on_gpu or not setting.quick:
+        lacks = why_no_compiler()
+        step = ours(our_losses, teacher_compile=True)
+        variants.append(Variant("fastmkd, compiled teacher", step, masked, unavailable=lacks))
+        variants.append(
+            Variant("apart, compiled teacher", apart(compiled=True), Answer(flops=least), unavailable=lacks)
+        )
     if not setting.quick:
         variants.append(compile_variant("public code, compiled", public_losses, masked, plain))
         variants.append(compile_variant("fastmkd, compiled", our_losses, masked, ours))
     return Case(
         label=f"{percent} % kept",
-        panel=f"DeiT-Ti from DeiT-S, batch {batch}",
+        panel=f"{panel}, batch {batch}",
         variants=variants,
         baseline="full distillation",
         items=batch,

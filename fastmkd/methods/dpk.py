@@ -22,7 +22,7 @@ from .dpk_ratio import RatioRule, choose_ratio
 from .dpk_stage import DPKStage, MaskKind, Prior, Target, draw_from_teacher, least_patch_size, resize
 from .features import Features, check_layers, input_shape, observe_maps, probe
 from .losses import logit_kd
-from .teacher_call import ask_teacher, check_teacher_dtype
+from .teacher_call import CompileMode, TeacherCall
 
 __all__ = ["DPK"]
 
@@ -65,6 +65,7 @@ class DPK(DistillMethod):
         teacher_device: keeps the teacher on this device; images go there and its answers come back.
         teacher_dtype: runs the teacher under autocast to this dtype (float32 switches autocast off); None leaves it to
             the caller's autocast.
+        teacher_compile: runs the teacher through ``torch.compile``, see `TeacherCall`.
 
     Raises:
         ValueError: an argument out of range, a layer that does not exist, different classes.
@@ -102,6 +103,7 @@ class DPK(DistillMethod):
         image_size: int | Sequence[int] | None = None,
         teacher_device: torch.device | str | None = None,
         teacher_dtype: torch.dtype | None = None,
+        teacher_compile: bool | CompileMode = False,
     ) -> None:
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not (value >= 0 and math.isfinite(value)):
@@ -117,7 +119,7 @@ class DPK(DistillMethod):
             raise ValueError(f"mask is {mask!r}; expected 'random', 'block' or 'grid'.")
         if target not in ("full", "non-masked"):
             raise ValueError(f"target is {target!r}; expected 'full' or 'non-masked'.")
-        check_teacher_dtype(teacher_dtype)
+        teacher_call = TeacherCall(observe_maps, teacher_dtype, teacher_compile)
         rule = choose_ratio(ratio)
         super().__init__(student, teacher, teacher_device=teacher_device)
         try:
@@ -129,7 +131,7 @@ class DPK(DistillMethod):
             raise
         self.layers = pairs
         self.alpha, self.beta, self.temperature = float(alpha), float(beta), float(temperature)
-        self.mask, self.target, self.teacher_dtype = mask, target, teacher_dtype
+        self.mask, self.target, self._teacher_call = mask, target, teacher_call
         self.epoch = 0
 
     def _make_stages(
@@ -246,8 +248,7 @@ class DPK(DistillMethod):
         return found
 
     def _ask_teacher(self, images: Tensor) -> Features:
-        layers = list(self.layers.values())
-        return ask_teacher(self.teacher, images, self.teacher_dtype, lambda net, x: observe_maps(net, x, layers))
+        return self._teacher_call(self.teacher, images, list(self.layers.values()))
 
 
 def feature_error(hybrid: Tensor, target: Tensor, seen: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from .baselines import BASELINES, Answers, Baseline
 from .choices import choose
 from .features import Features, check_layers, input_shape, observe_maps, probe
 from .losses import logit_kd
-from .teacher_call import ask_teacher, check_teacher_dtype
+from .teacher_call import CompileMode, TeacherCall
 
 __all__ = ["FeatureKD"]
 
@@ -36,6 +36,7 @@ class FeatureKD(DistillMethod):
         image_size: side of the training images, or (height, width); None takes the network's own.
         teacher_device: keeps the teacher on this device.
         teacher_dtype: runs the teacher under autocast to this dtype; None leaves it to the caller's autocast.
+        teacher_compile: runs the teacher through ``torch.compile``, see `TeacherCall`.
 
     Raises:
         ValueError: an argument out of range, a layer that does not exist, different classes.
@@ -64,6 +65,7 @@ class FeatureKD(DistillMethod):
         image_size: int | Sequence[int] | None = None,
         teacher_device: torch.device | str | None = None,
         teacher_dtype: torch.dtype | None = None,
+        teacher_compile: bool | CompileMode = False,
     ) -> None:
         chosen = choose("base", base, Baseline, BASELINES)  # type: ignore[type-abstract]
         weight = chosen.weight if weight is None else weight
@@ -72,7 +74,7 @@ class FeatureKD(DistillMethod):
                 raise ValueError(f"{name} is {value}; expected a finite number of at least 0.")
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature is {temperature}; expected a finite positive number.")
-        check_teacher_dtype(teacher_dtype)
+        teacher_call = TeacherCall(observe_maps, teacher_dtype, teacher_compile)
         if chosen.needs_layers and layers is None:
             raise ValueError(f"base {base!r} compares feature maps; name them: layers={{'layer4': 'layer4'}}.")
         super().__init__(student, teacher, teacher_device=teacher_device)
@@ -94,7 +96,7 @@ class FeatureKD(DistillMethod):
         self.heads.update(chosen.heads(own, other))
         self.heads.to(next(student.parameters()).device)
         self.base, self.weight, self.logit_weight = chosen, float(weight), float(logit_weight)
-        self.temperature, self.ce_weight, self.teacher_dtype = float(temperature), float(ce_weight), teacher_dtype
+        self.temperature, self.ce_weight, self._teacher_call = float(temperature), float(ce_weight), teacher_call
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -123,10 +125,7 @@ class FeatureKD(DistillMethod):
         found = observe_maps(self.student, images, names)
         heads = split_heads(found.output)
         student = self._answers(found, names)
-        teacher = self._answers(
-            ask_teacher(self.teacher, images, self.teacher_dtype, lambda net, x: observe_maps(net, x, of_teacher)),
-            of_teacher,
-        )
+        teacher = self._answers(self._teacher_call(self.teacher, images, of_teacher), of_teacher)
         ce = supervised_loss(heads[:1], targets)
         base = self.base.loss(self.heads, student, teacher, targets, self.temperature, self.epoch)
         loss, terms = self.ce_weight * ce + self.weight * base, {"ce": ce, "base": base}

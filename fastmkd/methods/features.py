@@ -27,6 +27,19 @@ class Features(NamedTuple):
     output: Any
     maps: dict[str, Tensor]
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Features:
+        """The same with a function applied to every tensor.
+
+        Args:
+            fn: for example a move to another device.
+        """
+        output = self.output
+        if isinstance(output, tuple):
+            output = tuple(map(fn, output))
+        elif isinstance(output, Tensor):
+            output = fn(output)
+        return Features(output, {name: fn(x) for name, x in self.maps.items()})
+
 
 def observe_maps(model: nn.Module, images: Tensor, layers: Sequence[str]) -> Features:
     """Runs a network once and reads the named layers through hooks that live for this call.

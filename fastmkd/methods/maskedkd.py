@@ -7,28 +7,29 @@ What is distilled is a `BaseDistillation` (``bases/``), which patches are shown 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.ragged import RaggedKeep, keep_by_mass
-from ..nn.ragged_vit import why_not_ragged
 from ..nn.vit import MaskedViT
 from ..ops import select_tokens
 from .base import DistillMethod, DistillOutput, Panel
 from .bases import BASES, BaseDistillation
 from .choices import choose
+from .lanes import Lane, in_line, lane_between
 from .losses import cross_entropy
+from .maskedkd_checks import check_keep_mass, check_numbers, wrap
 from .panels import kept_panel, saliency_panel
 from .skipped import SkippedBatches
 from .strategies import STRATEGIES, MaskStrategy, Scores
+from .teacher_call import CompileMode, TeacherCall
 from .teacher_input import Norm, TeacherInput
-from .views import Needs, View, classifier_of, observe
+from .views import Needs, View, classifier_of, join, observe
 
 __all__ = ["MaskedKD"]
 
@@ -76,6 +77,9 @@ class MaskedKD(DistillMethod):
         teacher_device: keeps the teacher on this device; images go there and its answers come back.
         teacher_dtype: runs the teacher under autocast to this dtype (float32 switches autocast off); None leaves it to
             the caller's autocast.
+        teacher_compile: runs the teacher through ``torch.compile``, see `TeacherCall`. Not with `keep_mass`.
+        micro_batches: cuts each batch into so many parts; while a teacher on a GPU works on one, on a stream of its
+            own, the student runs on the next (Appendix E). The loss is computed once, on all parts together.
         student_norm: ``(mean, std)`` per channel that the images were normalised with; only needed with `teacher_norm`.
         teacher_norm: ``(mean, std)`` that the teacher expects, if it is not the student's.
 
@@ -119,26 +123,19 @@ class MaskedKD(DistillMethod):
         ce_weight: float = 1.0,
         teacher_device: torch.device | str | None = None,
         teacher_dtype: torch.dtype | None = None,
+        teacher_compile: bool | CompileMode = False,
+        micro_batches: int = 1,
         student_norm: Norm | None = None,
         teacher_norm: Norm | None = None,
     ) -> None:
-        if not 0 < keep_ratio <= 1:  # NaN fails too
-            raise ValueError(f"keep_ratio is {keep_ratio}; expected a share of the patches above 0 and at most 1.")
-        for name, value in (("weight", weight), ("ce_weight", ce_weight)):
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}; expected a finite number of at least 0.")
-        if weight == 0 and ce_weight == 0:
-            raise ValueError("weight and ce_weight are both 0, so nothing is learnt; make one of them positive.")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature is {temperature}; expected a finite positive number.")
-        if teacher_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"teacher_dtype is {teacher_dtype}; expected torch.bfloat16, float16, float32 or None.")
+        check_numbers(keep_ratio, weight, ce_weight, temperature, micro_batches)
         if mask not in ("teacher", "student"):
             raise ValueError(f"mask is {mask!r}; expected 'teacher' or 'student'.")
+        teacher_call = TeacherCall(observe, teacher_dtype, teacher_compile)
         # MaskedKD is usually made from a recipe, where the two are names or {class_path, init_args}.
         chosen_base = choose("base", base, BaseDistillation, BASES)  # type: ignore[type-abstract]
         chosen_strategy = choose("strategy", strategy, MaskStrategy, STRATEGIES)  # type: ignore[type-abstract]
-        wrapped_student, wrapped_teacher = _wrap("student", student), _wrap("teacher", teacher)
+        wrapped_student, wrapped_teacher = wrap("student", student), wrap("teacher", teacher)
         if wrapped_student.num_classes != wrapped_teacher.num_classes or wrapped_student.num_classes == 0:
             raise ValueError(
                 f"student has {wrapped_student.num_classes} classes and teacher {wrapped_teacher.num_classes}; logit "
@@ -146,7 +143,7 @@ class MaskedKD(DistillMethod):
             )
         chosen_base.needs(wrapped_student, wrapped_teacher)  # raises unless the networks fit
         if keep_mass is not None:
-            _check_keep_mass(keep_mass, wrapped_teacher, chosen_base, chosen_strategy, mask)
+            check_keep_mass(keep_mass, wrapped_teacher, chosen_base, chosen_strategy, mask, teacher_compile)
         if keep_mass is not None or keep_ratio < 1:
             chosen_strategy.needs(wrapped_student)
         if linear_probe and not chosen_base.reads_logits_only:
@@ -170,7 +167,8 @@ class MaskedKD(DistillMethod):
         self.temperature = float(temperature)
         self.include_prefix = include_prefix
         self.ce_weight = float(ce_weight)
-        self.teacher_dtype = teacher_dtype
+        self.micro_batches = micro_batches
+        self._teacher_call = teacher_call
         self.skipped = SkippedBatches()
         model = wrapped_student.model
         self._had_two_heads = getattr(model, "distilled_training", None)
@@ -195,17 +193,14 @@ class MaskedKD(DistillMethod):
         """
         if targets is None and self.ce_weight > 0:
             raise ValueError("targets is None but ce_weight is above 0; pass classes or soft labels, or ce_weight=0.")
-        needs, teacher_needs = self.base.needs(self._student_vit, self._teacher_vit)
-        if self.mask == "teacher":
-            if self.hides_patches:
-                needs |= self.strategy.needs(self._student_vit)
-            student = observe(self._student_vit, images, None, needs, self.include_prefix)
-            keep = self._select(images, student) if self.hides_patches else None
-            teacher = self.ask_teacher(images, keep, teacher_needs)
-        else:
-            keep = self._select(images, self._look(images)) if self.hides_patches else None
-            student = observe(self._student_vit, images, keep, needs)
-            teacher = self.ask_teacher(images, None, teacher_needs)
+        lane: Lane = in_line
+        parts: Sequence[Tensor] = (images,)
+        if self.micro_batches > 1:
+            lane = lane_between(images.device, next(self._teacher_vit.parameters()).device)
+            parts = images.tensor_split(max(1, min(self.micro_batches, len(images))))
+        seen = [self._run(part, lane) for part in parts]
+        # One loss on the whole batch: a base may compare images with each other, and a bad answer skips them all.
+        student, teacher = join([view for view, _ in seen]), join([answer() for _, answer in seen])
         good = teacher.is_finite()
         self.skipped.note(good)
         teacher = teacher.map(lambda x: torch.where(good, x, torch.zeros_like(x)))
@@ -218,8 +213,8 @@ class MaskedKD(DistillMethod):
         if targets is not None:
             ce = cross_entropy(student.heads[0], targets)
             loss, terms = self.ce_weight * ce + loss, {"ce": ce, **terms}
-        if isinstance(keep, RaggedKeep):
-            terms = {**terms, "kept": keep.counts.float().mean() / math.prod(teacher.grid)}
+        if isinstance(teacher.keep, RaggedKeep):
+            terms = {**terms, "kept": teacher.keep.counts.float().mean() / math.prod(teacher.grid)}
         # A product, so that a skipped batch gives every parameter a gradient of zero.
         return DistillOutput(loss * good, {name: term.detach() * good for name, term in terms.items()}, mean)
 
@@ -252,19 +247,7 @@ class MaskedKD(DistillMethod):
         Returns:
             Its view, on the device of `images`.
         """
-        teacher: Any = self._teacher_vit
-        if teacher.model.training:  # somebody called teacher.train() since
-            teacher.model.eval()
-        weight = teacher.model.patch_embed.proj.weight
-        home, device = images.device, weight.device
-        images = self._teacher_input(images).to(device=device, dtype=weight.dtype, non_blocking=True)
-        keep = None if keep is None else keep.to(device, non_blocking=True)
-        autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self.teacher_dtype is not None:
-            lowered = self.teacher_dtype != torch.float32
-            autocast = torch.autocast(device.type, self.teacher_dtype if lowered else None, enabled=lowered)
-        with autocast:
-            return observe(teacher, images, keep, needs).map(lambda x: x.to(home))
+        return self._teacher_call(self._teacher_vit, self._teacher_input(images), keep, needs)
 
     @property
     def hides_patches(self) -> bool:
@@ -338,6 +321,19 @@ class MaskedKD(DistillMethod):
                 layer.train(mode)
         return self
 
+    def _run(self, images: Tensor, lane: Lane) -> tuple[View, Callable[[], View]]:
+        """The student's view of some images, and what waits for the teacher's."""
+        needs, teacher_needs = self.base.needs(self._student_vit, self._teacher_vit)
+        if self.mask == "student":  # the teacher depends on nothing
+            answer = lane(lambda: self.ask_teacher(images, None, teacher_needs))
+            keep = self._select(images, self._look(images)) if self.hides_patches else None
+            return observe(self._student_vit, images, keep, needs), answer
+        if self.hides_patches:
+            needs |= self.strategy.needs(self._student_vit)
+        student = observe(self._student_vit, images, None, needs, self.include_prefix)
+        keep = self._select(images, student) if self.hides_patches else None
+        return student, lane(lambda: self.ask_teacher(images, keep, teacher_needs))
+
     @torch.no_grad()
     def _look(self, images: Tensor) -> View | None:
         """The student's view of the whole image, for a strategy that needs it."""
@@ -366,31 +362,3 @@ class MaskedKD(DistillMethod):
             size: ``(H, W)`` pixels of the images.
         """
         return self._teacher_input.grid(size) if self.mask == "teacher" else self._student_vit.patch_grid(size)
-
-
-def _check_keep_mass(
-    keep_mass: float, teacher: MaskedViT, base: BaseDistillation, strategy: MaskStrategy, mask: str
-) -> None:
-    if not 0 < keep_mass <= 1:  # NaN fails too
-        raise ValueError(f"keep_mass is {keep_mass}; expected a share of the saliency above 0 and at most 1.")
-    if mask != "teacher":
-        raise ValueError("keep_mass is for a masked teacher; use mask='teacher', or keep_ratio alone.")
-    if not base.reads_logits_only:
-        raise ValueError(
-            f"keep_mass shows the teacher another number of patches of each image, but base {type(base).__name__} "
-            "compares patches or attention; use base='logit', or keep_ratio alone."
-        )
-    if getattr(strategy, "order", "top") == "bottom":
-        raise ValueError("keep_mass needs saliencies of at least 0, which strategy 'bottom' negates; use another one.")
-    reason = why_not_ragged(teacher.model)
-    if reason is not None:
-        raise ValueError(f"keep_mass needs a teacher that runs packed: {reason}. Use keep_ratio alone.")
-
-
-def _wrap(name: str, model: nn.Module) -> MaskedViT:
-    if isinstance(model, MaskedViT):
-        return model
-    try:
-        return MaskedViT(model)
-    except TypeError as error:
-        raise TypeError(f"{name} is not a ViT that MaskedKD can use: {error}") from None

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..nn.vit import MaskedViT
 from ..nn.vit_attention import cls_attention_logits, patch_attention
 from .base import split_heads
 
-__all__ = ["Needs", "View", "blocks_of", "classifier_of", "observe", "on_common_patches"]
+__all__ = ["Needs", "View", "blocks_of", "classifier_of", "join", "observe", "on_common_patches"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,37 @@ class View:
         """Tells, as a boolean scalar on the device, whether logits and everything recorded are finite."""
         recorded = (*self.blocks.values(), *self.attention.values())
         return torch.stack([tensor.isfinite().all() for tensor in (self.logits, *recorded)]).all()
+
+
+def join(views: Sequence[View]) -> View:
+    """Returns what a network made of consecutive parts of a batch as one view of the whole.
+
+    Args:
+        views: of one network, with the same things recorded; at least one.
+
+    Example:
+        >>> parts = [View((x,), x, (1, 1), 2) for x in (torch.zeros(3, 5), torch.ones(1, 5))]
+        >>> join(parts).logits.shape
+        torch.Size([4, 5])
+    """
+    if len(views) == 1:
+        return views[0]
+    rows = zip(*map(_tensors, views), strict=True)
+    whole = views[0].map(lambda _: torch.cat(next(rows)))
+    ragged = [view.keep for view in views if isinstance(view.keep, RaggedKeep)]
+    return replace(whole, keep=RaggedKeep.cat(ragged)) if ragged else whole
+
+
+def _tensors(view: View) -> list[Tensor]:
+    """What `View.map` goes through, in its order."""
+    found: list[Tensor] = []
+
+    def take(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    view.map(take)
+    return found
 
 
 def observe(

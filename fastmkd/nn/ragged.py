@@ -7,6 +7,7 @@ share of the saliency instead of a number of patches asks each image for as many
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,16 @@ class RaggedKeep(NamedTuple):
         """``(K,)`` int64, the image that each index belongs to; found without asking the device for a number."""
         at = torch.arange(len(self.indices), dtype=torch.int32, device=self.indices.device)
         return torch.searchsorted(self.starts[1:].contiguous(), at, right=True)
+
+    @classmethod
+    def cat(cls, parts: Sequence[RaggedKeep]) -> RaggedKeep:
+        """The choices of consecutive parts of a batch as one.
+
+        Args:
+            parts: at least one.
+        """
+        counts = torch.cat([part.counts for part in parts])
+        return cls(torch.cat([part.indices for part in parts]), F.pad(counts.cumsum(0), (1, 0)).int())
 
     def visible(self, num_patches: int) -> Tensor:
         """The choice as a mask ``(B, N)``, True = kept.

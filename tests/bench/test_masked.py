@@ -205,6 +205,7 @@ def test_a_target_may_be_against_another_variant_than_the_baseline() -> None:
     ratios = {"dense twin": 1.0, "plain, unmasked": 1.25, "fastmkd": 5.0}
     record = {
         "benchmark": "masked_resnet",
+        "clock": "cpu",
         "dtype": "fp32",
         "label": "75 % hidden",
         "panel": "ResNet-50 training step, batch 16",
@@ -212,6 +213,7 @@ def test_a_target_may_be_against_another_variant_than_the_baseline() -> None:
         "variants": [{"name": name, "ratio": {"median": ratio}} for name, ratio in ratios.items()],
     }
     assert target.ratio(record) == 4.0
+    assert target.ratio({**record, "clock": "step"}) is None  # a GPU's
     record["variants"] = record["variants"][::2]
     assert target.ratio(record) is None
 

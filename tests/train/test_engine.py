@@ -191,6 +191,15 @@ def test_bf16_and_tensorboard(recipes):
     assert next(iter(weights("teacher").values())).dtype == torch.float32
 
 
+def test_pipelined_by_recipe(recipes):
+    """Parts of a batch of 8, two batches to an update, mixed labels; the last weights differ by rounding alone."""
+    options = ["--student.kwargs.drop_path_rate=0", "--student.kwargs.proj_drop_rate=0", "--schedule.epochs=1"]
+    train(load_recipe("student.yaml", ["--name=whole", *options]))
+    train(load_recipe("student.yaml", ["--name=parts", "--method.init_args.micro_batches=3", *options]))
+    whole, parts = (load_file(recipes / f"runs/{name}/model.safetensors") for name in ("whole", "parts"))
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
+
+
 def test_the_result_names_bad_pictures(recipes):
     import numpy as np
     from PIL import Image

@@ -36,6 +36,15 @@ def test_method_by_name_or_path_and_its_arguments_as_options(tmp_path, text):
     assert not {"student", "teacher"} & set(recipe.method.init_args)
 
 
+@pytest.mark.parametrize("path", ["fastmkd.MaskedKD", "fastmkd.DPK", "fastmkd.methods.FeatureKD"])
+@pytest.mark.parametrize("value", [True, False, "max-autotune"])
+def test_how_the_teacher_is_compiled_is_a_key(tmp_path, path, value):
+    recipe = load_recipe(write(tmp_path, f"method: {{class_path: {path}, init_args: {{teacher_compile: {value}}}}}"))
+    assert repr(recipe.method.init_args["teacher_compile"]) == repr(value)  # no 1 for True
+    again = recipe_from_dict(json.loads(json.dumps(dataclasses.asdict(recipe), default=str)))
+    assert identity(again) == identity(recipe)
+
+
 def test_teacher_recipe_is_found_beside_the_recipe(tmp_path):
     recipe = load_recipe(write(tmp_path, "teacher: {recipe: other.yaml, options: {schedule.epochs: 2}}"))
     assert recipe.teacher is not None
@@ -51,6 +60,8 @@ def test_teacher_recipe_is_found_beside_the_recipe(tmp_path):
         ("data: {batch_size: many}", "data.batch_size"),
         ("method: {class_path: MaskedKD, init_args: {keepratio: 0.5}}", "'keepratio'"),
         ("method: {class_path: MaskedKD, init_args: {keep_ratio: half}}", "keep_ratio"),
+        ("method: {class_path: MaskedKD, init_args: {teacher_compile: quick}}", "teacher_compile"),
+        ("method: {class_path: MaskedKD, init_args: {micro_batches: two}}", "micro_batches"),
         ("method: {class_path: collections.OrderedDict}", "OrderedDict"),
         ("method: NoSuchMethod", "NoSuchMethod"),
         ("data: [1, 2", "YAML|config|expected"),
