@@ -17,18 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.ragged import RaggedKeep, keep_by_mass
-from ..nn.ragged_vit import why_not_ragged
 from ..nn.vit import MaskedViT
 from ..ops import select_tokens
 from .base import DistillMethod, DistillOutput, Panel
 from .bases import BASES, BaseDistillation
 from .choices import choose
+from .linear_probe import all_but_classifier, train_classifier_alone
 from .losses import cross_entropy
 from .panels import kept_panel, saliency_panel
 from .skipped import SkippedBatches
 from .strategies import STRATEGIES, MaskStrategy, Scores
 from .teacher_input import Norm, TeacherInput
-from .views import Needs, View, classifier_of, observe
+from .teacher_tokens import check_keep_mass, merging_teacher
+from .views import Needs, View, observe
 
 __all__ = ["MaskedKD"]
 
@@ -70,6 +71,9 @@ class MaskedKD(DistillMethod):
             "g2sd"). None keeps the same number of patches of every image.
         mask: who sees only the kept patches. "student" is the paper's counter-example (Fig. 3): the student first looks
             at the whole image without gradients, if the strategy needs that, then learns from its kept patches.
+        teacher_tokens: how the teacher is made cheaper. "merge" is the paper's other comparison (Fig. 3): it sees all
+            patches and merges like ones from block to block, at the cost of one masked to `keep_ratio`; see
+            `fastmkd.nn.MergedViT`. For the teachers and bases of `keep_mass`; no strategy has a part in it.
         linear_probe: train the student's classifier only; the rest is frozen and in eval mode (Appendix C).
         include_prefix: the authors' variant of the saliency: softmax over all tokens, mean over heads.
         ce_weight: weight of the cross-entropy; with 0 no targets are needed.
@@ -114,6 +118,7 @@ class MaskedKD(DistillMethod):
         strategy: str | MaskStrategy = "saliency",
         keep_mass: float | None = None,
         mask: Literal["teacher", "student"] = "teacher",
+        teacher_tokens: Literal["mask", "merge"] = "mask",
         linear_probe: bool = False,
         include_prefix: bool = False,
         ce_weight: float = 1.0,
@@ -135,6 +140,8 @@ class MaskedKD(DistillMethod):
             raise ValueError(f"teacher_dtype is {teacher_dtype}; expected torch.bfloat16, float16, float32 or None.")
         if mask not in ("teacher", "student"):
             raise ValueError(f"mask is {mask!r}; expected 'teacher' or 'student'.")
+        if teacher_tokens not in ("mask", "merge"):
+            raise ValueError(f"teacher_tokens is {teacher_tokens!r}; expected 'mask' or 'merge'.")
         # MaskedKD is usually made from a recipe, where the two are names or {class_path, init_args}.
         chosen_base = choose("base", base, BaseDistillation, BASES)  # type: ignore[type-abstract]
         chosen_strategy = choose("strategy", strategy, MaskStrategy, STRATEGIES)  # type: ignore[type-abstract]
@@ -146,8 +153,10 @@ class MaskedKD(DistillMethod):
             )
         chosen_base.needs(wrapped_student, wrapped_teacher)  # raises unless the networks fit
         if keep_mass is not None:
-            _check_keep_mass(keep_mass, wrapped_teacher, chosen_base, chosen_strategy, mask)
-        if keep_mass is not None or keep_ratio < 1:
+            check_keep_mass(keep_mass, wrapped_teacher, chosen_base, chosen_strategy, mask)
+        if teacher_tokens == "merge":
+            wrapped_teacher = merging_teacher(wrapped_teacher, keep_ratio, keep_mass, chosen_base, mask)
+        elif keep_mass is not None or keep_ratio < 1:
             chosen_strategy.needs(wrapped_student)
         if linear_probe and not chosen_base.reads_logits_only:
             raise ValueError(
@@ -165,7 +174,7 @@ class MaskedKD(DistillMethod):
         self.keep_mass = None if keep_mass is None else float(keep_mass)
         self.base = chosen_base
         self.strategy = chosen_strategy
-        self.mask = mask
+        self.mask, self.teacher_tokens = mask, teacher_tokens
         self.weight = float(weight)
         self.temperature = float(temperature)
         self.include_prefix = include_prefix
@@ -269,7 +278,7 @@ class MaskedKD(DistillMethod):
     @property
     def hides_patches(self) -> bool:
         """Whether one of the networks does not see the whole image."""
-        return self.keep_mass is not None or self.keep_ratio < 1
+        return self.teacher_tokens == "mask" and (self.keep_mass is not None or self.keep_ratio < 1)
 
     @property
     def looks_at_student(self) -> bool:
@@ -310,10 +319,7 @@ class MaskedKD(DistillMethod):
         Args:
             student: the student, as passed.
         """
-        if not self.__dict__["linear_probe"]:
-            return ()
-        trained = {id(p) for layer in classifier_of(student) for p in layer.parameters()}
-        return [name for name, p in student.named_parameters() if id(p) not in trained]
+        return all_but_classifier(student) if self.__dict__["linear_probe"] else ()
 
     def release(self) -> nn.Module:
         """Gives student and teacher back as they came; see `DistillMethod.release`.
@@ -333,9 +339,7 @@ class MaskedKD(DistillMethod):
         """
         super().train(mode)
         if self.__dict__["linear_probe"]:
-            self.student.eval()
-            for layer in classifier_of(self._student_vit):
-                layer.train(mode)
+            train_classifier_alone(self.student, mode)
         return self
 
     @torch.no_grad()
@@ -356,7 +360,7 @@ class MaskedKD(DistillMethod):
     def _best(self, scores: Scores, grid: tuple[int, int]) -> Tensor | RaggedKeep:
         if self.keep_mass is not None:
             return keep_by_mass(scores.values, self.keep_mass, grid=scores.grid, target_grid=grid)
-        k = max(1, round(self.keep_ratio * math.prod(grid)))
+        k = max(1, round(self.keep_ratio * math.prod(grid))) if self.hides_patches else math.prod(grid)
         return select_tokens(scores.values, k, scores.grid, grid)
 
     def masked_grid(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -366,25 +370,6 @@ class MaskedKD(DistillMethod):
             size: ``(H, W)`` pixels of the images.
         """
         return self._teacher_input.grid(size) if self.mask == "teacher" else self._student_vit.patch_grid(size)
-
-
-def _check_keep_mass(
-    keep_mass: float, teacher: MaskedViT, base: BaseDistillation, strategy: MaskStrategy, mask: str
-) -> None:
-    if not 0 < keep_mass <= 1:  # NaN fails too
-        raise ValueError(f"keep_mass is {keep_mass}; expected a share of the saliency above 0 and at most 1.")
-    if mask != "teacher":
-        raise ValueError("keep_mass is for a masked teacher; use mask='teacher', or keep_ratio alone.")
-    if not base.reads_logits_only:
-        raise ValueError(
-            f"keep_mass shows the teacher another number of patches of each image, but base {type(base).__name__} "
-            "compares patches or attention; use base='logit', or keep_ratio alone."
-        )
-    if getattr(strategy, "order", "top") == "bottom":
-        raise ValueError("keep_mass needs saliencies of at least 0, which strategy 'bottom' negates; use another one.")
-    reason = why_not_ragged(teacher.model)
-    if reason is not None:
-        raise ValueError(f"keep_mass needs a teacher that runs packed: {reason}. Use keep_ratio alone.")
 
 
 def _wrap(name: str, model: nn.Module) -> MaskedViT:

@@ -14,7 +14,8 @@ from typing import IO, Any
 
 from .checkpoint import atomic_write
 from .errors import UserError
-from .recipe import differences
+from .recipe import differences, recipe_from_dict
+from .recipe import identity as recipe_identity
 
 __all__ = ["RunDir"]
 
@@ -79,7 +80,10 @@ class RunDir:
             content = json.dumps({"identity": identity, **description}, indent=1, default=str)
             atomic_write(self.path / "recipe.json", lambda part: part.write_text(content))
             return
-        changed = differences(stored["identity"], identity)
+        known = stored["identity"]
+        if identity.keys() - known.keys():  # a key that is younger than the run had its default
+            known = {**recipe_identity(recipe_from_dict(stored["recipe"])), **known}
+        changed = differences(known, identity)
         if changed:
             raise UserError(
                 f"{self.path} belongs to a run of another recipe: {changed}. "

@@ -1,0 +1,73 @@
+"""How MaskedKD's teacher is made cheaper: other ways than a fixed share of patches, and whom they do not suit."""
+
+from __future__ import annotations
+
+from ..nn.ragged_vit import why_not_ragged
+from ..nn.token_merging import MergedViT
+from ..nn.vit import MaskedViT
+from .bases import BaseDistillation
+from .strategies import MaskStrategy
+
+__all__ = ["check_keep_mass", "merging_teacher"]
+
+
+def check_keep_mass(
+    keep_mass: float, teacher: MaskedViT, base: BaseDistillation, strategy: MaskStrategy, mask: str
+) -> None:
+    """Raises unless the teacher may see another number of patches of each image.
+
+    Args:
+        keep_mass: share of each image's saliency.
+        teacher: the network to learn from.
+        base: what is distilled.
+        strategy: which patches are kept.
+        mask: "teacher" or "student".
+
+    Raises:
+        ValueError: what does not go together.
+    """
+    if not 0 < keep_mass <= 1:  # NaN fails too
+        raise ValueError(f"keep_mass is {keep_mass}; expected a share of the saliency above 0 and at most 1.")
+    if mask != "teacher":
+        raise ValueError("keep_mass is for a masked teacher; use mask='teacher', or keep_ratio alone.")
+    if not base.reads_logits_only:
+        raise ValueError(
+            f"keep_mass shows the teacher another number of patches of each image, but base {type(base).__name__} "
+            "compares patches or attention; use base='logit', or keep_ratio alone."
+        )
+    if getattr(strategy, "order", "top") == "bottom":
+        raise ValueError("keep_mass needs saliencies of at least 0, which strategy 'bottom' negates; use another one.")
+    reason = why_not_ragged(teacher.model)
+    if reason is not None:
+        raise ValueError(f"keep_mass needs a teacher that runs packed: {reason}. Use keep_ratio alone.")
+
+
+def merging_teacher(
+    teacher: MaskedViT, keep_ratio: float, keep_mass: float | None, base: BaseDistillation, mask: str
+) -> MergedViT:
+    """Returns the teacher as one that merges its tokens at the cost of a masked one (MaskedKD, Fig. 3).
+
+    Args:
+        teacher: the network to learn from.
+        keep_ratio: share of the patches of the masked teacher that costs as much.
+        keep_mass: must be None.
+        base: what is distilled; must read logits only.
+        mask: must be "teacher".
+
+    Raises:
+        ValueError: what does not go together, a teacher whose tokens cannot be merged, or a share that merging cannot
+            reach.
+    """
+    if mask != "teacher":
+        raise ValueError("teacher_tokens='merge' makes the teacher cheaper, mask='student' the student; use one.")
+    if keep_mass is not None:
+        raise ValueError("keep_mass says which patches are masked and teacher_tokens='merge' masks none; use one.")
+    if not base.reads_logits_only:
+        raise ValueError(
+            f"teacher_tokens='merge' leaves the teacher no token for each patch, but base {type(base).__name__} "
+            "compares patches or attention; use base='logit', or teacher_tokens='mask'."
+        )
+    reason = why_not_ragged(teacher.model)
+    if reason is not None:
+        raise ValueError(f"teacher_tokens='merge' needs a teacher that can: {reason}. Use teacher_tokens='mask'.")
+    return MergedViT(teacher.model, keep_ratio=keep_ratio)
