@@ -36,7 +36,7 @@ class Supervised(DistillMethod):
     def __init__(self, student: nn.Module, linear_probe: bool = False) -> None:
         if linear_probe and not hasattr(getattr(student, "model", student), "get_classifier"):
             raise ValueError(
-                f"linear_probe needs a student with get_classifier(), as timm's have; {type(student).__name__} has none."
+                f"linear_probe needs a student with get_classifier(), as timm's; {type(student).__name__} has none."
             )
         self.__dict__["linear_probe"] = linear_probe  # asked for by unreachable_parameters, which the base class calls
         super().__init__(student)

@@ -1,4 +1,4 @@
-"""Modules and masks. Names load when first used: all need only torch, except `MaskedViT` and `MergedViT`, which bring in timm."""
+"""Modules and masks. Names load when first used: `MaskedViT` and `MergedViT` bring in timm, the rest only torch."""
 
 from __future__ import annotations
 

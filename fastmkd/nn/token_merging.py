@@ -54,7 +54,7 @@ class MergedViT(MaskedViT):
         >>> deit = timm.create_model("deit_tiny_patch16_224", depth=4)
         >>> vit = MergedViT(deit, keep_ratio=0.5)
         >>> vit(torch.randn(2, 3, 224, 224)).shape, vit.merges(196)
-        (torch.Size([2, 1000]), (92, 91, 91, 0))
+        (torch.Size([2, 1000]), (89, 88, 88, 0))
     """
 
     def __init__(
@@ -163,8 +163,8 @@ def merge_tokens(x: Tensor, sizes: Tensor, keys: Tensor, r: int, prefix: int) ->
         prefix: P, tokens in front that are left alone.
 
     Returns:
-        ``(B, P + n - r, D)`` and ``(B, P + n - r, 1)``: prefix tokens, patches that could have left but did not, patches
-        that stay; each kind in its order.
+        ``(B, P + n - r, D)`` and ``(B, P + n - r, 1)``: prefix tokens, patches that could have left but did not,
+        patches that stay; each kind in its order.
 
     Example:
         >>> x = torch.tensor([[[9.0], [1.0], [2.0], [-1.0], [5.0]]])  # CLS and four patches
@@ -197,7 +197,7 @@ def merge_tokens(x: Tensor, sizes: Tensor, keys: Tensor, r: int, prefix: int) ->
 def _run_block(
     block: Any, x: Tensor, sizes: Tensor, r: int, prefix: int, rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``block(x)`` with a merge between attention and MLP; with `rows` only these leading tokens after the attention."""
+    """``block(x)`` with a merge between attention and MLP; with `rows` only these first tokens after the attention."""
     attn = block.attn
     bias = sizes.log().mT[:, None]  # (B, 1, 1, P + n)
     out, _, keys = attend(attn, block.norm1(x), rows or x.shape[1], bias=bias)

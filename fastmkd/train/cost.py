@@ -120,7 +120,7 @@ def recipe_models(recipe: Recipe) -> dict[str, nn.Module]:
 
 
 def _merging(model: Any, share: float, head: int) -> str:
-    """Multiply-adds of a `fastmkd.nn.MergedViT` that is as cheap, and how many patches leave in a block."""
+    """How many patches leave in a block of a `fastmkd.nn.MergedViT` that is as cheap, and its multiply-adds."""
     patches = int(model.patch_embed.num_patches)
     try:
         merges = merges_like_mask(model, patches, share) if why_not_ragged(model) is None else None
@@ -128,14 +128,14 @@ def _merging(model: Any, share: float, head: int) -> str:
         merges = None
     if merges is None:
         return "-"
-    return f"{(merged_macs(model, merges, patches) + head) / 1e6:.1f} (r = {merges[0]})"
+    return f"{merges[0]}: {(merged_macs(model, merges, patches) + head) / 1e6:.1f}"
 
 
 def main(argv: Sequence[str]) -> int:
     """``fastmkd cost RECIPE.yaml [options]`` or ``fastmkd cost TIMM_NAME ...``: multiply-adds by patches kept.
 
     The share is that of the ordinary network, whole blocks on all patches. Beside it stands what merging tokens costs
-    when it is made as cheap (MaskedKD, Fig. 3), with the patches that leave in the first block.
+    when it is made as cheap (MaskedKD, Fig. 3), after r, the patches that leave in the first block.
 
     Args:
         argv: after the command's name.
@@ -153,7 +153,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         models = {name: build_model(ModelRecipe(name), {}, "model") for name in argv}
     table = Table(title="Multiply-adds per image, in millions")
-    for column in ("network", "patches kept", "embed all, then gather", "fastmkd", "share of full", "merging instead"):
+    for column in ("network", "patches kept", "embed all, then gather", "fastmkd", "share of full", "merging r"):
         table.add_column(column, justify="left" if column == "network" else "right")
     for role, model in models.items():
         try:

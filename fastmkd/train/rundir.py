@@ -81,8 +81,10 @@ class RunDir:
             atomic_write(self.path / "recipe.json", lambda part: part.write_text(content))
             return
         known = stored["identity"]
-        if identity.keys() - known.keys():  # a key that is younger than the run had its default
-            known = {**recipe_identity(recipe_from_dict(stored["recipe"])), **known}
+        younger = identity.keys() - known.keys()
+        if younger:  # keys that came into being after the run had their defaults
+            then = recipe_identity(recipe_from_dict(stored["recipe"]))
+            known = {**known, **{key: then[key] for key in younger & then.keys()}}
         changed = differences(known, identity)
         if changed:
             raise UserError(

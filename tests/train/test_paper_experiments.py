@@ -1,4 +1,4 @@
-"""Each line of the table in docs/maskedkd.md: the recipe it names, with its options, on tiny networks for one update."""
+"""Each line of the table in docs/maskedkd.md: the recipe it names, with the options, on tiny networks for an update."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PATCHES, HALF = 196, 98
 
 @dataclass
 class Step:
-    """What one update did: shapes of the tokens that the teacher's blocks got, what the method got, what has changed."""
+    """What one update did: shapes of what the teacher's blocks got, what the method got, which parameters changed."""
 
     setup: Setup
     tokens: list[tuple[int, ...]]
@@ -57,7 +57,9 @@ CHECKS: dict[str, Callable[[Step], bool]] = {
     "keep_ratio=1": lambda s: seen(s) == PATCHES,
     "keep_ratio=0.4": lambda s: seen(s) == 78,
     "keep_ratio=0.25": lambda s: seen(s) == 49,
-    "base=": lambda s: seen(s) == HALF and type(s.method.base).__name__.lower().endswith(s.setup.recipe.method.init_args["base"]),
+    "base=": lambda s: (
+        seen(s) == HALF and type(s.method.base).__name__.lower().endswith(s.setup.recipe.method.init_args["base"])
+    ),
     "cait_s24": lambda s: s.tokens[0][1] == HALF,  # CLS joins later
     "strategy=": lambda s: seen(s) == HALF,
     "strategy=patch": lambda s: s.method.strategy.queries == "patch",
