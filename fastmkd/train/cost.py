@@ -106,16 +106,16 @@ def recipe_models(recipe: Recipe) -> dict[str, nn.Module]:
         recipe: names them.
     """
     source = load_data(recipe.data)
-    parts = {"student": recipe.student}
+    parts, sources = {"student": recipe.student}, {"student": source, "teacher": source}
     of_teacher = teacher_recipe(recipe)
     if of_teacher is not None:
-        parts["teacher"] = of_teacher.student
+        parts["teacher"], sources["teacher"] = of_teacher.student, load_data(of_teacher.data)
     elif recipe.teacher is not None and recipe.teacher.name is not None:
         parts["teacher"] = ModelRecipe(recipe.teacher.name, recipe.teacher.kwargs)
     models = {}
     for role, part in parts.items():
         bare = ModelRecipe(part.name, part.kwargs)
-        models[role] = build_model(bare, model_kwargs(bare, source), role)
+        models[role] = build_model(bare, model_kwargs(bare, sources[role]), role)
     return models
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from fastmkd import MaskedKD, MaskedViT
 from fastmkd.train import engine
 from fastmkd.train.build import assemble
+from fastmkd.train.cost import recipe_models
 from fastmkd.train.engine import Trainer, train
 from fastmkd.train.errors import UserError
 from fastmkd.train.interrupt import RunInterrupted
@@ -62,6 +63,7 @@ def test_a_teacher_of_a_larger_size_comes_from_its_recipe(recipes):
     setup = assemble(load_recipe("student.yaml", options), train)
     assert setup.teacher.patch_embed.img_size == (16, 16)
     assert setup.student.patch_embed.img_size == (8, 8)
+    assert recipe_models(load_recipe("student.yaml", options))["teacher"].patch_embed.img_size == (16, 16)
     assert train(load_recipe("student.yaml", options))["updates"] == 4
 
 
