@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.views import classifier_of
+from ..methods.linear_probe import all_but_classifier
 from .data import DataSource
 from .errors import UserError, shorten
 from .schema import ModelRecipe, TeacherRecipe
@@ -122,8 +122,10 @@ def load_weights(model: nn.Module, path: str | Path, role: str, *, new_head: boo
     state, own = read_state_dict(path), model.state_dict()
     problems = []
     missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
-    if new_head and _classifier_keys(model) <= set(missing):
-        missing = [k for k in missing if k not in _classifier_keys(model)]
+    if new_head:
+        classifier = {name for name, _ in model.named_parameters()}.difference(all_but_classifier(model))
+        if classifier <= set(missing):
+            missing = [k for k in missing if k not in classifier]
     shapes = [
         f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
         for key in own
@@ -135,11 +137,6 @@ def load_weights(model: nn.Module, path: str | Path, role: str, *, new_head: boo
     if problems:
         raise UserError(f"the weights {path} do not fit the {role}. Keys {'; '.join(problems)}.")
     model.load_state_dict(state, strict=not new_head)
-
-
-def _classifier_keys(model: nn.Module) -> set[str]:
-    owned = {id(p) for layer in classifier_of(model) for p in layer.parameters()}
-    return {name for name, p in model.named_parameters() if id(p) in owned}
 
 
 def method_arguments(kind: type, student: nn.Module, teacher: nn.Module | None) -> dict[str, nn.Module | None]:

@@ -61,6 +61,7 @@ CHECKS: dict[str, Callable[[Step], bool]] = {
         seen(s) == HALF and type(s.method.base).__name__.lower().endswith(s.setup.recipe.method.init_args["base"])
     ),
     "cait_s24": lambda s: s.tokens[0][1] == HALF,  # CLS joins later
+    "clip": lambda s: seen(s) == HALF and s.method._teacher_input._scale is not None,
     "strategy=": lambda s: seen(s) == HALF,
     "strategy=patch": lambda s: s.method.strategy.queries == "patch",
     "strategy=first": lambda s: s.method.strategy.layer == "first",
