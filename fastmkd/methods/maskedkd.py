@@ -22,6 +22,7 @@ from .base import DistillMethod, DistillOutput, Panel
 from .bases import BASES, BaseDistillation
 from .choices import choose
 from .lanes import Lane, in_line, lane_between
+from .linear_probe import all_but_classifier, train_classifier_alone
 from .losses import cross_entropy
 from .maskedkd_checks import check_keep_mass, check_numbers, wrap
 from .panels import kept_panel, saliency_panel
@@ -29,7 +30,8 @@ from .skipped import SkippedBatches
 from .strategies import STRATEGIES, MaskStrategy, Scores
 from .teacher_call import CompileMode, TeacherCall
 from .teacher_input import Norm, TeacherInput
-from .views import Needs, View, classifier_of, join, observe
+from .teacher_tokens import merging_teacher
+from .views import Needs, View, join, observe
 
 __all__ = ["MaskedKD"]
 
@@ -71,6 +73,9 @@ class MaskedKD(DistillMethod):
             "g2sd"). None keeps the same number of patches of every image.
         mask: who sees only the kept patches. "student" is the paper's counter-example (Fig. 3): the student first looks
             at the whole image without gradients, if the strategy needs that, then learns from its kept patches.
+        teacher_tokens: how the teacher is made cheaper. "merge" is the paper's other comparison (Fig. 3): it sees all
+            patches and merges like ones from block to block, at the cost of one masked to `keep_ratio`; see
+            `fastmkd.nn.MergedViT`. For the teachers and bases of `keep_mass`; no strategy has a part in it.
         linear_probe: train the student's classifier only; the rest is frozen and in eval mode (Appendix C).
         include_prefix: the authors' variant of the saliency: softmax over all tokens, mean over heads.
         ce_weight: weight of the cross-entropy; with 0 no targets are needed.
@@ -118,6 +123,7 @@ class MaskedKD(DistillMethod):
         strategy: str | MaskStrategy = "saliency",
         keep_mass: float | None = None,
         mask: Literal["teacher", "student"] = "teacher",
+        teacher_tokens: Literal["mask", "merge"] = "mask",
         linear_probe: bool = False,
         include_prefix: bool = False,
         ce_weight: float = 1.0,
@@ -132,6 +138,8 @@ class MaskedKD(DistillMethod):
         if mask not in ("teacher", "student"):
             raise ValueError(f"mask is {mask!r}; expected 'teacher' or 'student'.")
         teacher_call = TeacherCall(observe, teacher_dtype, teacher_compile)
+        if teacher_tokens not in ("mask", "merge"):
+            raise ValueError(f"teacher_tokens is {teacher_tokens!r}; expected 'mask' or 'merge'.")
         # MaskedKD is usually made from a recipe, where the two are names or {class_path, init_args}.
         chosen_base = choose("base", base, BaseDistillation, BASES)  # type: ignore[type-abstract]
         chosen_strategy = choose("strategy", strategy, MaskStrategy, STRATEGIES)  # type: ignore[type-abstract]
@@ -144,7 +152,9 @@ class MaskedKD(DistillMethod):
         chosen_base.needs(wrapped_student, wrapped_teacher)  # raises unless the networks fit
         if keep_mass is not None:
             check_keep_mass(keep_mass, wrapped_teacher, chosen_base, chosen_strategy, mask, teacher_compile)
-        if keep_mass is not None or keep_ratio < 1:
+        if teacher_tokens == "merge":
+            wrapped_teacher = merging_teacher(wrapped_teacher, keep_ratio, keep_mass, chosen_base, mask)
+        elif keep_mass is not None or keep_ratio < 1:
             chosen_strategy.needs(wrapped_student)
         if linear_probe and not chosen_base.reads_logits_only:
             raise ValueError(
@@ -162,7 +172,7 @@ class MaskedKD(DistillMethod):
         self.keep_mass = None if keep_mass is None else float(keep_mass)
         self.base = chosen_base
         self.strategy = chosen_strategy
-        self.mask = mask
+        self.mask, self.teacher_tokens = mask, teacher_tokens
         self.weight = float(weight)
         self.temperature = float(temperature)
         self.include_prefix = include_prefix
@@ -252,7 +262,7 @@ class MaskedKD(DistillMethod):
     @property
     def hides_patches(self) -> bool:
         """Whether one of the networks does not see the whole image."""
-        return self.keep_mass is not None or self.keep_ratio < 1
+        return self.teacher_tokens == "mask" and (self.keep_mass is not None or self.keep_ratio < 1)
 
     @property
     def looks_at_student(self) -> bool:
@@ -293,10 +303,7 @@ class MaskedKD(DistillMethod):
         Args:
             student: the student, as passed.
         """
-        if not self.__dict__["linear_probe"]:
-            return ()
-        trained = {id(p) for layer in classifier_of(student) for p in layer.parameters()}
-        return [name for name, p in student.named_parameters() if id(p) not in trained]
+        return all_but_classifier(student) if self.__dict__["linear_probe"] else ()
 
     def release(self) -> nn.Module:
         """Gives student and teacher back as they came; see `DistillMethod.release`.
@@ -316,9 +323,7 @@ class MaskedKD(DistillMethod):
         """
         super().train(mode)
         if self.__dict__["linear_probe"]:
-            self.student.eval()
-            for layer in classifier_of(self._student_vit):
-                layer.train(mode)
+            train_classifier_alone(self.student, mode)
         return self
 
     def _run(self, images: Tensor, lane: Lane) -> tuple[View, Callable[[], View]]:
@@ -352,7 +357,7 @@ class MaskedKD(DistillMethod):
     def _best(self, scores: Scores, grid: tuple[int, int]) -> Tensor | RaggedKeep:
         if self.keep_mass is not None:
             return keep_by_mass(scores.values, self.keep_mass, grid=scores.grid, target_grid=grid)
-        k = max(1, round(self.keep_ratio * math.prod(grid)))
+        k = max(1, round(self.keep_ratio * math.prod(grid))) if self.hides_patches else math.prod(grid)
         return select_tokens(scores.values, k, scores.grid, grid)
 
     def masked_grid(self, size: tuple[int, int]) -> tuple[int, int]:

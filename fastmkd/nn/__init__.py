@@ -1,4 +1,4 @@
-"""Modules and masks. Names load when first used: all need only torch, except `MaskedViT`, which brings in timm."""
+"""Modules and masks. Names load when first used: `MaskedViT` and `MergedViT` bring in timm, the rest only torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from .masks import block_mask, grid_mask, random_mask
     from .packed import PackedFeatures, pack
     from .ragged import RaggedKeep, keep_by_mass
+    from .token_merging import MergedViT
     from .vit import MaskedViT
 
 _HOME = {
     "MaskedConv2d": "masked_conv",
     "MaskedViT": "vit",
+    "MergedViT": "token_merging",
     "PackedFeatures": "packed",
     "RaggedKeep": "ragged",
     "block_mask": "masks",
@@ -30,6 +32,7 @@ _HOME = {
 __all__ = [
     "MaskedConv2d",
     "MaskedViT",
+    "MergedViT",
     "PackedFeatures",
     "RaggedKeep",
     "block_mask",

@@ -127,7 +127,9 @@ def run_block_on_rows(
     return x + block.drop_path2(out), scores
 
 
-def attend(attn: Any, x: Tensor, rows: int, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def attend(
+    attn: Any, x: Tensor, rows: int, rope: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Runs timm's attention for the first `rows` tokens, up to its output projection.
 
     Args:
@@ -135,6 +137,7 @@ def attend(attn: Any, x: Tensor, rows: int, rope: Tensor | None = None) -> tuple
         x: ``(B, L, D)`` input of the attention.
         rows: how many leading tokens to compute, 1 to L.
         rope: rotary positions of this block; None for a model without.
+        bias: ``(B, 1, 1, L)`` to add to the scores of each key; None for nothing.
 
     Returns:
         The mixed values ``(B, rows, H * d)``, and the queries ``(B, H, rows, d)`` and keys ``(B, H, L, d)`` used.
@@ -145,7 +148,8 @@ def attend(attn: Any, x: Tensor, rows: int, rope: Tensor | None = None) -> tuple
         q, k = rotate(attn, q, rope).type_as(v), rotate(attn, k, rope).type_as(v)
     k, v = _one_per_query_head(attn, k), _one_per_query_head(attn, v)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=_scale(attn, q))
+    mask = None if bias is None else bias.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=_scale(attn, q))
     out = out.transpose(1, 2).flatten(2)  # (B, H, rows, d) -> (B, rows, H * d)
     return _finish_mix(attn, out, x[:, :rows]), q, k
 

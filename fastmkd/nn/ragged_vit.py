@@ -29,21 +29,24 @@ __all__ = ["run_ragged", "why_not_ragged"]
 def why_not_ragged(model: Any) -> str | None:
     """Says why images of this model cannot keep different numbers of patches, or None when they can.
 
+    Merging tokens (`fastmkd.nn.MergedViT`) asks for the same: blocks that can be opened, and a head that does not ask
+    which patch is which.
+
     Args:
         model: a maskable timm ViT.
 
     Example:
         >>> import timm
         >>> why_not_ragged(timm.create_model("eva02_tiny_patch14_224", depth=1))
-        'Eva turns queries and keys by rotary positions or attends in its own way; only VisionTransformer is packed'
+        'Eva turns queries and keys by rotary positions or attends in its own way; VisionTransformer does not'
     """
     kind = type(model).__name__
     if not isinstance(model, VisionTransformer):
         how = "turns queries and keys by rotary positions or attends in its own way"
-        return f"{kind} {how}; only VisionTransformer is packed"
+        return f"{kind} {how}; VisionTransformer does not"
     for i, block in enumerate(model.blocks.children()):
         if type(block).forward is not Block.forward or not runs_on_rows(block) or not attends_packed(block.attn):
-            return f"block {i} ({type(block).__name__}) is not timm's plain one, or a hook on it expects (B, L, D)"
+            return f"block {i} ({type(block).__name__}) is not timm's plain one, or a hook on it expects to be called"
     if rows_for_head(model, 0) == 0 and not averages_patches(model):
         return f"its head ({model.global_pool or 'no'} pooling) reads all patches of an image side by side"
     return None

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..methods import DistillMethod
+from ..nn import MaskedViT
 from .data import DataSource, load_data
 from .errors import UserError
 from .models import build_model, method_arguments, model_kwargs
@@ -38,6 +39,9 @@ class Setup:
         method: holds both.
         identity: what the run is, including which teacher weights.
         description: what the run's folder keeps so that the student can be rebuilt without the data.
+
+    Raises:
+        UserError: the student is a `fastmkd.MaskedViT`.
     """
 
     recipe: Recipe
@@ -47,6 +51,14 @@ class Setup:
     method: DistillMethod
     identity: dict[str, Any]
     description: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if any(isinstance(part, MaskedViT) for part in self.method.modules()):
+            raise UserError(
+                "the student is a MaskedViT, whose parameters have other names than its weights on the disk, and which "
+                "does not tell the optimizer its layers; pass its .model to the method and here. MaskedKD and "
+                "MaskedDINO wrap it by themselves."
+            )
 
 
 def assemble(recipe: Recipe, train: Callable[[Recipe], Any]) -> Setup:
@@ -70,7 +82,7 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any]) -> Setup:
             own_identity = {**own_identity, "teacher.weights": digest[:16]}
     seed_all(recipe.seed, "student")
     kwargs = model_kwargs(recipe.student, source)
-    student = build_model(recipe.student, kwargs, "student")
+    student = build_model(recipe.student, kwargs, "student", new_head=True)
     seed_all(recipe.seed, "method")
     method = build_method(recipe, student, teacher, source.image_size)
     description = {
@@ -159,11 +171,15 @@ def find_teacher(recipe: Recipe, train: Callable[[Recipe], Any]) -> TeacherRecip
                 "trains it), or teacher.pretrained: true to let timm download them."
             )
         return teacher
-    weights = teacher.weights
+    weights, kwargs = teacher.weights, of_teacher.student.kwargs
     if weights is None:
         train(of_teacher)  # says so, and returns at once if that run has finished
-        weights = str(RunDir(of_teacher.run_dir).weights)
-    return ModelRecipe(of_teacher.student.name, of_teacher.student.kwargs, weights)
+        run = RunDir(of_teacher.run_dir)
+        description = run.description()
+        assert description is not None
+        # With what its own data decided, such as a larger image size than this recipe's.
+        weights, kwargs = str(run.weights), description["student"]["kwargs"]
+    return ModelRecipe(of_teacher.student.name, kwargs, weights)
 
 
 def trained_student(run: RunDir, weights: str | None = None) -> tuple[nn.Module, dict[str, Any]]:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..nn.merge_cost import merged_macs, merges_like_mask
+from ..nn.ragged_vit import why_not_ragged
 from .build import teacher_recipe
 from .data import load_data
 from .errors import UserError
@@ -104,23 +106,36 @@ def recipe_models(recipe: Recipe) -> dict[str, nn.Module]:
         recipe: names them.
     """
     source = load_data(recipe.data)
-    parts = {"student": recipe.student}
+    parts, sources = {"student": recipe.student}, {"student": source, "teacher": source}
     of_teacher = teacher_recipe(recipe)
     if of_teacher is not None:
-        parts["teacher"] = of_teacher.student
+        parts["teacher"], sources["teacher"] = of_teacher.student, load_data(of_teacher.data)
     elif recipe.teacher is not None and recipe.teacher.name is not None:
         parts["teacher"] = ModelRecipe(recipe.teacher.name, recipe.teacher.kwargs)
     models = {}
     for role, part in parts.items():
         bare = ModelRecipe(part.name, part.kwargs)
-        models[role] = build_model(bare, model_kwargs(bare, source), role)
+        models[role] = build_model(bare, model_kwargs(bare, sources[role]), role)
     return models
+
+
+def _merging(model: Any, share: float, head: int) -> str:
+    """How many patches leave in a block of a `fastmkd.nn.MergedViT` that is as cheap, and its multiply-adds."""
+    patches = int(model.patch_embed.num_patches)
+    try:
+        merges = merges_like_mask(model, patches, share) if why_not_ragged(model) is None else None
+    except ValueError:  # not even merging all it can is that cheap
+        merges = None
+    if merges is None:
+        return "-"
+    return f"{merges[0]}: {(merged_macs(model, merges, patches) + head) / 1e6:.1f}"
 
 
 def main(argv: Sequence[str]) -> int:
     """``fastmkd cost RECIPE.yaml [options]`` or ``fastmkd cost TIMM_NAME ...``: multiply-adds by patches kept.
 
-    The share is that of the ordinary network, whole blocks on all patches.
+    The share is that of the ordinary network, whole blocks on all patches. Beside it stands what merging tokens costs
+    when it is made as cheap (MaskedKD, Fig. 3), after r, the patches that leave in the first block.
 
     Args:
         argv: after the command's name.
@@ -138,7 +153,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         models = {name: build_model(ModelRecipe(name), {}, "model") for name in argv}
     table = Table(title="Multiply-adds per image, in millions")
-    for column in ("network", "patches kept", "embed all, then gather", "fastmkd", "share of full"):
+    for column in ("network", "patches kept", "embed all, then gather", "fastmkd", "share of full", "merging r"):
         table.add_column(column, justify="left" if column == "network" else "right")
     for role, model in models.items():
         try:
@@ -155,6 +170,7 @@ def main(argv: Sequence[str]) -> int:
                 f"{theirs.total / 1e6:.1f}",
                 f"{ours.total / 1e6:.1f}",
                 f"{ours.total / full.total:.1%}",
+                _merging(model, share, ours.head),
             )
         table.add_section()
     Console().print(table)

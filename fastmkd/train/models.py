@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods.linear_probe import all_but_classifier
 from .data import DataSource
 from .errors import UserError, shorten
 from .schema import ModelRecipe, TeacherRecipe
@@ -32,13 +33,16 @@ def model_kwargs(recipe: ModelRecipe | TeacherRecipe, source: DataSource) -> dic
     return {**kwargs, **recipe.kwargs}
 
 
-def build_model(recipe: ModelRecipe | TeacherRecipe, kwargs: dict[str, Any], role: str) -> nn.Module:
+def build_model(
+    recipe: ModelRecipe | TeacherRecipe, kwargs: dict[str, Any], role: str, *, new_head: bool = False
+) -> nn.Module:
     """Makes a network and loads its weights, if the recipe names any.
 
     Args:
         recipe: which network.
         kwargs: arguments for timm, see `model_kwargs`.
         role: "student" or "teacher", for messages.
+        new_head: see `load_weights`.
 
     Raises:
         UserError: timm does not know the name, refuses an argument, or the weights do not fit.
@@ -60,7 +64,7 @@ def build_model(recipe: ModelRecipe | TeacherRecipe, kwargs: dict[str, Any], rol
         reason = str(error) or type(error).__name__
         raise UserError(f"timm cannot make the {role} {recipe.name} with {kwargs}: {reason}.") from None
     if recipe.weights is not None:
-        load_weights(model, recipe.weights, role)
+        load_weights(model, recipe.weights, role, new_head=new_head)
     return model
 
 
@@ -102,13 +106,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(model: nn.Module, path: str | Path, role: str) -> None:
+def load_weights(model: nn.Module, path: str | Path, role: str, *, new_head: bool = False) -> None:
     """Loads weights into a model; every key and shape must fit.
 
     Args:
         model: the network.
         path: see `read_state_dict`.
         role: "student" or "teacher", for messages.
+        new_head: a file without any weight of the classifier (of a backbone trained without labels) is taken too; the
+            classifier stays as it is.
 
     Raises:
         UserError: keys or shapes differ (all are listed, up to a few of each kind), or the file cannot be read.
@@ -116,6 +122,10 @@ def load_weights(model: nn.Module, path: str | Path, role: str) -> None:
     state, own = read_state_dict(path), model.state_dict()
     problems = []
     missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
+    if new_head:
+        classifier = {name for name, _ in model.named_parameters()}.difference(all_but_classifier(model))
+        if classifier <= set(missing):
+            missing = [k for k in missing if k not in classifier]
     shapes = [
         f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
         for key in own
@@ -126,7 +136,7 @@ def load_weights(model: nn.Module, path: str | Path, role: str) -> None:
             problems.append(f"{len(keys)} {title}: {shorten(keys)}")
     if problems:
         raise UserError(f"the weights {path} do not fit the {role}. Keys {'; '.join(problems)}.")
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=not new_head)
 
 
 def method_arguments(kind: type, student: nn.Module, teacher: nn.Module | None) -> dict[str, nn.Module | None]:

@@ -66,7 +66,7 @@ class ModelRecipe:
         name: timm's name of the network.
         kwargs: for timm.create_model, for example patch_size or depth; what the data decides (num_classes, in_chans and
             img_size) is filled in unless given.
-        weights: .safetensors or .pth file to start from.
+        weights: .safetensors or .pth file to start from; if it is of a backbone alone, the classifier starts anew.
         pretrained: let timm download its pretrained weights.
     """
 

@@ -185,6 +185,8 @@ def choose_guide(setup: Setup, guide: str) -> str:
         )
     if method.mask != "teacher":
         raise UserError("this recipe masks the student, so its teacher sees everything; set mask: teacher.")
+    if method.teacher_tokens != "mask":
+        raise UserError("this recipe merges the teacher's tokens and hides no patch; set teacher_tokens: mask.")
     student: Any = setup.student
     if guide == "auto" and not method.looks_at_student:
         return f"strategy {type(method.strategy).__name__}"

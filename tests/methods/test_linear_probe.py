@@ -9,6 +9,7 @@ from timm.models.deit import VisionTransformerDistilled
 from tiny_vits import TARGETS, kl, pictures, tiny
 
 from fastmkd import MaskedKD, MaskedViT
+from fastmkd.methods import Supervised
 from fastmkd.reference import masked_vit_forward, masked_vit_saliency
 
 
@@ -29,6 +30,22 @@ def test_only_the_classifier_learns(wrap):
     assert {name for name, p in student.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
     method.release()
     assert all(p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, MaskedViT])
+def test_without_a_teacher(wrap):
+    student, images = tiny(0, proj_drop_rate=0.5), pictures()
+    method = Supervised(wrap(student), linear_probe=True)
+    assert student.head.training
+    assert not student.blocks.training
+    loss = method.train()(images, TARGETS).loss
+    torch.testing.assert_close(loss, F.cross_entropy(masked_vit_forward(student, images), TARGETS))
+    loss.backward()
+    assert {name for name, p in student.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
+    method.release()
+    assert all(p.requires_grad for p in student.parameters())
+    with pytest.raises(ValueError, match="linear_probe needs a student with get_classifier"):
+        Supervised(torch.nn.Linear(2, 2), linear_probe=True)
 
 
 def test_no_graph_is_kept_for_the_backbone():

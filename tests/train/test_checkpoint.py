@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -16,7 +17,9 @@ from fastmkd.train.checkpoint import (
     save_tensors,
 )
 from fastmkd.train.errors import UserError
+from fastmkd.train.recipe import identity
 from fastmkd.train.rundir import RunDir
+from fastmkd.train.schema import Recipe
 
 WEIGHTS = {"method": {"a": torch.arange(100.0), "b": torch.ones(3, 2).t()}, "optimizer": {"m": torch.zeros(5)}}
 
@@ -130,6 +133,16 @@ def test_run_folder_of_another_recipe_is_refused(tmp_path):
     (run.path / "recipe.json").write_text('{"identity": {"se')
     with pytest.raises(UserError, match=r"recipe\.json is damaged"):
         run.claim({"seed": 1}, {})
+
+
+def test_a_run_older_than_a_key_has_its_default(tmp_path):
+    recipe = Recipe(seed=1)
+    run, known = RunDir(tmp_path / "run"), identity(recipe)
+    before = {key: value for key, value in known.items() if key != "augment.mix_prob"}
+    run.claim(before, {"recipe": dataclasses.asdict(recipe)})
+    run.claim(known, {})
+    with pytest.raises(UserError, match=r"augment\.mix_prob is 1\.0 there and 0\.5 here"):
+        run.claim({**known, "augment.mix_prob": 0.5}, {})
 
 
 def test_run_folder_in_use_is_refused(tmp_path):

@@ -9,8 +9,9 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmkd.nn import MaskedViT
-from fastmkd.train.cost import vit_macs
+from fastmkd.nn import MaskedViT, MergedViT
+from fastmkd.nn.merge_cost import merged_macs
+from fastmkd.train.cost import main, vit_macs
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,20 @@ def test_exact_savings_are_embedding_and_last_block():
 def test_distilled_heads_count():
     model = timm.create_model("deit_tiny_distilled_patch16_224", depth=1)
     assert vit_macs(model).head == 2 * 192 * 1000
+
+
+def test_merging_costs_what_the_mask_does(capsys):
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    head = vit_macs(model).head
+    for keep in (16, 8, 3):
+        assert merged_macs(model, (0, 0, 0), keep) + head == vit_macs(model, keep).total
+    merging = counted(lambda: MergedViT(model.eval(), (4, 2, 0))(torch.randn(1, 3, 32, 32)))
+    assert merged_macs(model, (4, 2, 0), 16) + head == merging
+    assert main(["deit_tiny_patch16_224", "eva02_tiny_patch14_224"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    half, rotary = (next(line for line in lines if kept in line) for kept in ("98 of 196", "128 of 256"))
+    assert half.split("│")[-2].split() == ["19:", "543.5"]
+    assert rotary.split("│")[-2].strip() == "-"
 
 
 def test_mistakes():

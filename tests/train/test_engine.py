@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,7 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastmkd import MaskedKD, MaskedViT
 from fastmkd.train import engine
+from fastmkd.train.build import assemble
+from fastmkd.train.cost import recipe_models
 from fastmkd.train.engine import Trainer, train
 from fastmkd.train.errors import UserError
 from fastmkd.train.interrupt import RunInterrupted
@@ -44,6 +48,32 @@ def test_maskedkd_trains_its_teacher_first_and_reuses_it(recipes, capsys):
     said = capsys.readouterr().out
     assert "teacher: finished before" in said
     assert train(load_recipe("student.yaml")) == result  # a finished run is returned, not trained again
+
+
+def test_patches_by_saliency_mass(recipes):
+    train(load_recipe("student.yaml", ["--method.init_args.keep_mass=0.8", "--schedule.epochs=1", "--run.log_every=1"]))
+    rows = [line.split(",") for line in (recipes / "runs/student/metrics.csv").read_text().splitlines()]
+    kept = [float(value) for _, _, name, value in rows if name == "train.kept"]
+    assert len(kept) == 4
+    assert all(0 < share < 1 for share in kept)
+
+
+def test_a_teacher_of_a_larger_size_comes_from_its_recipe(recipes):
+    options = ["--teacher.options={data.image_size: 16}", "--schedule.epochs=1"]
+    setup = assemble(load_recipe("student.yaml", options), train)
+    assert setup.teacher.patch_embed.img_size == (16, 16)
+    assert setup.student.patch_embed.img_size == (8, 8)
+    assert recipe_models(load_recipe("student.yaml", options))["teacher"].patch_embed.img_size == (16, 16)
+    assert train(load_recipe("student.yaml", options))["updates"] == 4
+
+
+def test_a_wrapped_student_is_refused(recipes):
+    """Its parameters have other names than its state_dict, which PyTorch's checkpoints compare."""
+    setup = assemble(load_recipe("student.yaml"), train)
+    vit = MaskedViT(setup.method.release())
+    with pytest.raises(UserError, match=r"the student is a MaskedViT.* pass its \.model"):
+        dataclasses.replace(setup, student=vit, method=MaskedKD(vit, setup.teacher))
+    assert dataclasses.replace(setup, method=MaskedKD(vit.model, setup.teacher)).student is vit.model
 
 
 def test_it_learns(recipes):

@@ -72,6 +72,20 @@ def test_every_kind_of_misfit_is_listed_at_once(tmp_path):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_a_backbone_alone_gets_a_new_classifier(tmp_path):
+    backbone = small(num_classes=0)
+    save_tensors(tmp_path / "w.safetensors", backbone.state_dict())
+    recipe = ModelRecipe(weights=str(tmp_path / "w.safetensors"))
+    student = build_model(recipe, SMALL, "student", new_head=True)
+    assert all(torch.equal(student.state_dict()[key], value) for key, value in backbone.state_dict().items())
+    assert student.head.weight.shape == (10, 12)
+    with pytest.raises(UserError, match=r"2 missing: head\.weight, head\.bias"):
+        build_model(recipe, SMALL, "teacher")
+    save_tensors(tmp_path / "w.safetensors", {**backbone.state_dict(), "head.bias": torch.zeros(10)})
+    with pytest.raises(UserError, match=r"1 missing: head\.weight\."):  # half a classifier is a mistake
+        build_model(recipe, SMALL, "student", new_head=True)
+
+
 def test_long_lists_of_keys_are_cut(tmp_path):
     save_tensors(tmp_path / "w.safetensors", {"other": torch.zeros(1)})
     with pytest.raises(UserError, match=r"missing: .* and \d+ more"):

@@ -112,6 +112,7 @@ def test_command_on_a_recipe_and_on_a_run(recipes, capsys):
         (["student.yaml", "--kl=-1"], "--kl is -1.0"),
         (["student.yaml", "--pictures=1"], "--pictures is 1"),
         (["student.yaml", "--method.init_args.mask=student"], "masks the student"),
+        (["student.yaml", "--method.init_args={keep_ratio: 1, teacher_tokens: merge}"], "hides no patch"),
         (["."], "no recipe.json"),
     ],
 )
