@@ -102,11 +102,11 @@ def test_runs_that_cannot_be_compared(recipes, capsys):
 
 def test_mistakes(recipes, capsys):
     assert main(["train", "teacher.yaml"]) == 0
-    for arguments, said in (
-    "none of these runs has a teacher": ["runs/teacher", "--accuracy-against-kept"],
-    "has no finished run": ["student.yaml", "--accuracy-against-kept"],
-    "--pictures is 0": ["runs/teacher", "--accuracy-against-kept", "--pictures=0"],
-    "only --accuracy-against-kept draws several": ["runs/teacher", "runs/teacher"],
-    ):
+    for said, arguments in {
+        "none of these runs has a teacher": ["runs/teacher", "--accuracy-against-kept"],
+        "has no finished run": ["student.yaml", "--accuracy-against-kept"],
+        "--pictures is 0": ["runs/teacher", "--accuracy-against-kept", "--pictures=0"],
+        "only --accuracy-against-kept draws several": ["runs/teacher", "runs/teacher"],
+    }.items():
         assert main(["show", *arguments]) == 2
         assert said in capsys.readouterr().err
