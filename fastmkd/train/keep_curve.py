@@ -202,7 +202,7 @@ def show_accuracy(recipes: Sequence[Recipe], out: str | Path, pictures: int | No
     curve = measure(recipes, pictures)
     held_out = recipes[0].data.validation_fraction is not None
     save_figure(figure_of_curve(curve, "validation" if held_out else "test"), out)
-    rows = [["teacher", "", 1.0, "", curve.teacher], *(list(point) for point in curve.points)]
+    rows: list[Sequence[Any]] = [["teacher", "", 1.0, "", curve.teacher], *curve.points]
     rows += [["without a teacher", "", "", top1, ""] for top1 in curve.alone]
     atomic_write(Path(out).with_suffix(".csv"), lambda part: write_table(COLUMNS, rows, part))
 
