@@ -18,13 +18,22 @@ from ..methods import DistillMethod
 from ..nn import MaskedViT
 from .data import DataSource, load_data
 from .errors import UserError
-from .models import build_model, method_arguments, model_kwargs
+from .models import build_model, load_weights, method_arguments, model_kwargs
 from .recipe import identity, load_recipe
 from .rundir import RunDir
 from .schema import ModelRecipe, Recipe, TeacherRecipe
 from .seeds import seed_all
 
-__all__ = ["Setup", "assemble", "build_method", "find_teacher", "teacher_recipe", "trained_student"]
+__all__ = [
+    "Setup",
+    "assemble",
+    "build_method",
+    "find_teacher",
+    "open_run",
+    "refuse_to_train",
+    "teacher_recipe",
+    "trained_student",
+]
 
 
 @dataclass
@@ -204,3 +213,33 @@ def trained_student(run: RunDir, weights: str | None = None) -> tuple[nn.Module,
     with torch.random.fork_rng(devices=[]):
         student = build_model(recipe, description["student"]["kwargs"], "student")
     return student.eval(), description
+
+
+def open_run(recipe: Recipe) -> Setup:
+    """Makes data, networks and method of a finished run, with its trained student.
+
+    Args:
+        recipe: of the run.
+
+    Raises:
+        UserError: the run or its teacher's run has not finished.
+    """
+    run = RunDir(recipe.run_dir)
+    if run.result() is None:
+        raise UserError(f"{recipe.name} has no finished run in {run.path}; fastmkd train it first.")
+    setup = assemble(recipe, refuse_to_train)
+    load_weights(setup.student, run.weights, "student")
+    return setup
+
+
+def refuse_to_train(recipe: Recipe) -> None:
+    """Stands in for training where a command only looks at what has been trained.
+
+    Args:
+        recipe: of a teacher.
+
+    Raises:
+        UserError: its run has not finished.
+    """
+    if RunDir(recipe.run_dir).result() is None:
+        raise UserError(f"the teacher's run {recipe.run_dir} has not finished; fastmkd train its recipe first.")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..metrics.comparison import Comparison, compare
 from ..metrics.figures import draw_curves, draw_heat_map, draw_ranked, write_table
 from .augment import Finisher
-from .build import find_teacher, trained_student
+from .build import find_teacher, refuse_to_train, trained_student
 from .checkpoint import load_checkpoint
 from .data import DataSource, load_data
 from .errors import UserError
@@ -93,7 +93,7 @@ def open_teacher(recipe: Recipe, source: DataSource) -> nn.Module:
     """
     if recipe.teacher is None:
         raise UserError(f"{recipe.name} has no teacher; name the run to compare with: fastmkd cka RUN OTHER.")
-    found = find_teacher(recipe, _refuse_to_train)
+    found = find_teacher(recipe, refuse_to_train)
     return build_model(found, model_kwargs(found, source), "teacher").eval()
 
 
@@ -230,8 +230,3 @@ def _description(run: RunDir) -> dict[str, Any]:
     if description is None:
         raise UserError(f"{run.path} is not the folder of a run: it has no recipe.json; train a recipe first.")
     return description
-
-
-def _refuse_to_train(recipe: Recipe) -> None:
-    if RunDir(recipe.run_dir).result() is None:
-        raise UserError(f"the teacher's run {recipe.run_dir} has not finished; fastmkd train its recipe first.")

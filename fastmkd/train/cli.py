@@ -17,7 +17,7 @@ COMMANDS = {
     "export": ("fastmkd.train.export", "main", "write the bare student as .safetensors or .onnx"),
     "show": ("fastmkd.train.show", "main", "draw what a method sees: input, saliency, kept patches"),
     "cka": ("fastmkd.train.cka_command", "main", "compare the layers of two networks: heat map, curves, CSV"),
-    "cost": ("fastmkd.train.cost", "main", "count the multiply-adds of student and teacher"),
+    "cost": ("fastmkd.train.cost_command", "main", "count the multiply-adds of student and teacher"),
     "suggest-keep": ("fastmkd.train.suggest_keep", "main", "find how few patches the teacher needs"),
     "demo": ("fastmkd.train.demo", "main", "train teacher and students on digits, end with a table"),
     "bench": ("fastmkd.bench.runner", "main", "run benchmarks"),

@@ -5,40 +5,58 @@ With n tokens (prefix and patches) of width d, a block costs
 .. math:: n \, (W_{qkv} + W_{proj} + W_{fc1} + W_{fc2}) + 2 n^2 d
 
 where W is the number of weights of a layer: :math:`12 n d^2 + 2 n^2 d` for the usual block (MaskedKD, Appendix H).
-Norms, biases, activations and additions are left out, as the paper does.
+Norms, biases, activations, rotations and additions are left out, as in that appendix. Only shapes are read, so a model
+may live on the meta device.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import math
 from typing import Any, NamedTuple
 
+from timm.layers import AttentionPoolLatent, AttentionRope
+from timm.models.cait import Cait, ClassAttn, TalkingHeadAttn
+from timm.models.eva import EvaAttention
+from timm.models.vision_transformer import Attention
 from torch import nn
 
-from ..nn.merge_cost import merged_macs, merges_like_mask
-from ..nn.ragged_vit import why_not_ragged
-from .build import teacher_recipe
-from .data import load_data
-from .errors import UserError
-from .models import build_model, model_kwargs
-from .schema import ModelRecipe, Recipe
+from ..nn import MaskedViT
+from ..nn.attention import runs_on_rows
+from ..nn.heads import rows_for_head
 
-__all__ = ["VitMacs", "main", "vit_macs"]
+__all__ = ["IMAGENET_PICTURES", "VitMacs", "paper_operations", "vit_macs"]
+
+IMAGENET_PICTURES = 1_281_167  # training pictures of ImageNet-1k
+NORM_OPERATIONS = 5  # for each element, as the paper's counter (fvcore) has it
+
+# Layers of an attention by what they run for, when only some rows of its output are wanted.
+_OF_ROWS = ("q_proj", "q", "proj", "gate")
+_OF_TOKENS = ("k_proj", "v_proj", "k", "v")
+_OF_PAIRS = ("proj_l", "proj_w")  # CaiT's talking heads mix the heads of each pair of tokens
+_ATTENTIONS = [kind.forward for kind in (Attention, AttentionRope, EvaAttention, TalkingHeadAttn, ClassAttn)]
 
 
 class VitMacs(NamedTuple):
-    """Multiply-adds for one image.
+    """Multiply-adds for one image; `attention`, `projections` and `mlp` are the rows of MaskedKD's Table 9.
 
     Attributes:
         embed: patch projection.
-        blocks: transformer blocks; what Table 9 of MaskedKD counts.
-        head: classifier.
+        attention: products of queries, keys and values, CaiT's talking heads included.
+        projections: to queries, keys and values, and of the mixed values.
+        mlp: the blocks' fully connected layers.
+        head: classifier, and attention pool if there is one.
     """
 
     embed: int
-    blocks: int
+    attention: int
+    projections: int
+    mlp: int
     head: int
+
+    @property
+    def blocks(self) -> int:
+        """Transformer blocks: the total of Table 9."""
+        return self.attention + self.projections + self.mlp
 
     @property
     def total(self) -> int:
@@ -47,10 +65,10 @@ class VitMacs(NamedTuple):
 
 
 def vit_macs(model: nn.Module, keep: int | None = None, exact_savings: bool = True) -> VitMacs:
-    """Counts the multiply-adds of a timm VisionTransformer on one image.
+    """Counts the multiply-adds of a ViT on one image.
 
     Args:
-        model: the network (or a MaskedViT of one).
+        model: any network that `fastmkd.MaskedViT` takes, or a MaskedViT.
         keep: patches that it gets to see; None is all.
         exact_savings: count what `fastmkd.MaskedViT` does: only kept patches are embedded, and if the head reads
             prefix tokens alone, the last block makes queries, projection and MLP for those rows only. False counts the
@@ -58,120 +76,130 @@ def vit_macs(model: nn.Module, keep: int | None = None, exact_savings: bool = Tr
 
     Raises:
         ValueError: `keep` is below 1 or above the number of patches.
-        TypeError: `model` is not a VisionTransformer of timm with plain blocks.
+        TypeError: `model` cannot be masked, or has a block or a pool of another kind; says which.
 
     Example:
         >>> import timm
-        >>> deit = timm.create_model("deit_small_patch16_224", depth=12)
+        >>> deit = timm.create_model("deit_small_patch16_224")
         >>> f"{vit_macs(deit, exact_savings=False).blocks / 1e9:.1f}"
         '4.5'
+        >>> f"{vit_macs(deit, 98, exact_savings=False).blocks / 1e9:.1f}, {vit_macs(deit, 98).blocks / 1e9:.2f}"
+        '2.2, 2.04'
     """
-    vit: Any = getattr(model, "model", model)
-    if not hasattr(vit, "blocks") or not hasattr(vit, "patch_embed") or not hasattr(vit, "num_prefix_tokens"):
-        raise TypeError(f"model is a {type(vit).__name__}; expected a VisionTransformer of timm.")
-    patches, prefix = int(vit.patch_embed.num_patches), int(vit.num_prefix_tokens)
-    if keep is not None and not 1 <= keep <= patches:
-        raise ValueError(f"keep is {keep}; the model has {patches} patches, expected 1 to {patches}.")
-    kept = patches if keep is None else keep
-    tokens = prefix + kept
-    whole = not exact_savings or vit.global_pool != "token"  # average pooling reads every row of the last block
-    blocks = [_block_macs(block, tokens, tokens) for block in vit.blocks]
-    if not whole:
-        blocks[-1] = _block_macs(vit.blocks[-1], tokens, prefix)
+    vit, patches, kept = _opened(model, keep)
+    tokens = kept if isinstance(vit, Cait) else kept + int(vit.num_prefix_tokens)
+    blocks = list(vit.blocks.children())
+    costs = [_block_macs(block, tokens, tokens) for block in blocks]
+    if exact_savings and not isinstance(vit, Cait) and runs_on_rows(blocks[-1]):
+        costs[-1] = _block_macs(blocks[-1], tokens, rows_for_head(vit, tokens))
+    if isinstance(vit, Cait):  # the class token joins here; each of these blocks makes its row alone
+        costs += [_block_macs(block, 1 + tokens, 1) for block in vit.blocks_token_only or ()]
+        tokens += 1
+    attention, projections, mlp = (sum(parts) for parts in zip(*costs, strict=True))
     embedded = kept if exact_savings else patches
-    heads = [head for name in ("head", "head_dist") if isinstance(head := getattr(vit, name, None), nn.Linear)]
     return VitMacs(
         embed=embedded * vit.patch_embed.proj.weight.numel(),
-        blocks=sum(blocks),
-        head=sum(head.weight.numel() for head in heads),
+        attention=attention,
+        projections=projections,
+        mlp=mlp,
+        head=_head_macs(vit, tokens),
     )
 
 
-def _block_macs(block: Any, tokens: int, rows: int) -> int:
-    """Keys and values for all tokens; queries, projection and MLP for `rows` of them."""
-    try:
-        qkv, proj, mlp = block.attn.qkv.weight, block.attn.proj.weight, block.mlp
-        weights = [layer.weight.numel() for layer in mlp.modules() if isinstance(layer, nn.Linear)]
-    except AttributeError:
-        raise TypeError(f"the block {type(block).__name__} is not one of a plain VisionTransformer.") from None
-    width = qkv.shape[0] // 3  # of queries, keys and values: all heads together
-    attention = 2 * rows * tokens * width
-    return tokens * 2 * qkv.numel() // 3 + rows * (qkv.numel() // 3 + proj.numel() + sum(weights)) + attention
+def paper_operations(model: nn.Module, keep: int | None = None) -> int:
+    """Counts one image as MaskedKD's Tables 2, 6 and 7 do, whose PFLOPs are this x training pictures x epochs.
 
-
-def recipe_models(recipe: Recipe) -> dict[str, nn.Module]:
-    """Makes student and teacher of a recipe without any weights.
+    These are the multiply-adds of the public code, patch projection and classifier included, and five operations for
+    each element that a layer norm gets.
 
     Args:
-        recipe: names them.
+        model: as in `vit_macs`.
+        keep: patches that it gets to see; None is all. The paper's 75 % are 144 of 196 patches, 12 x 12.
+
+    Raises:
+        ValueError: as `vit_macs`.
+        TypeError: as `vit_macs`.
+
+    Example:
+        >>> import timm
+        >>> deit = timm.create_model("deit_small_patch16_224")
+        >>> f"{paper_operations(deit, 98) * IMAGENET_PICTURES * 300 / 1e15:.1f}"  # 866 in Table 2
+        '866.9'
     """
-    source = load_data(recipe.data)
-    parts, sources = {"student": recipe.student}, {"student": source, "teacher": source}
-    of_teacher = teacher_recipe(recipe)
-    if of_teacher is not None:
-        parts["teacher"], sources["teacher"] = of_teacher.student, load_data(of_teacher.data)
-    elif recipe.teacher is not None and recipe.teacher.name is not None:
-        parts["teacher"] = ModelRecipe(recipe.teacher.name, recipe.teacher.kwargs)
-    models = {}
-    for role, part in parts.items():
-        bare = ModelRecipe(part.name, part.kwargs)
-        models[role] = build_model(bare, model_kwargs(bare, sources[role]), role)
-    return models
+    macs = vit_macs(model, keep, exact_savings=False).total
+    vit, patches, kept = _opened(model, keep)
+    tokens = kept if isinstance(vit, Cait) else kept + int(vit.num_prefix_tokens)
+    elements = sum(_norm_elements(block, tokens) for block in vit.blocks.children())
+    if isinstance(vit, Cait):
+        tokens += 1
+        for block in vit.blocks_token_only or ():
+            elements += tokens * _width(block.norm1) + _width(block.norm2)
+    elements += patches * _width(getattr(vit.patch_embed, "norm", None))
+    elements += tokens * (_width(getattr(vit, "norm_pre", None)) + _width(vit.norm))
+    elements += _width(getattr(vit, "fc_norm", None))  # after the pooling
+    pool = getattr(vit, "attn_pool", None)
+    if pool is not None:
+        heads = pool.num_heads * (pool.latent_len * _width(pool.q_norm) + tokens * _width(pool.k_norm))
+        elements += heads + pool.latent_len * _width(pool.norm)
+    return macs + NORM_OPERATIONS * elements
 
 
-def _merging(model: Any, share: float, head: int) -> str:
-    """How many patches leave in a block of a `fastmkd.nn.MergedViT` that is as cheap, and its multiply-adds."""
-    patches = int(model.patch_embed.num_patches)
-    try:
-        merges = merges_like_mask(model, patches, share) if why_not_ragged(model) is None else None
-    except ValueError:  # not even merging all it can is that cheap
-        merges = None
-    if merges is None:
-        return "-"
-    return f"{merges[0]}: {(merged_macs(model, merges, patches) + head) / 1e6:.1f}"
+def _opened(model: nn.Module, keep: int | None) -> tuple[Any, int, int]:
+    """The timm model, its number of patches and how many of them are kept."""
+    wrapped = model if isinstance(model, MaskedViT) else MaskedViT(model)
+    patches = math.prod(wrapped.patch_grid())
+    if keep is not None and not 1 <= keep <= patches:
+        raise ValueError(f"keep is {keep}; the model has {patches} patches, expected 1 to {patches}.")
+    return wrapped.model, patches, patches if keep is None else keep
 
 
-def main(argv: Sequence[str]) -> int:
-    """``fastmkd cost RECIPE.yaml [options]`` or ``fastmkd cost TIMM_NAME ...``: multiply-adds by patches kept.
+def _block_macs(block: Any, tokens: int, rows: int) -> tuple[int, int, int]:
+    """Attention, projections and MLP: keys and values for all tokens; queries and the rest for `rows` of them."""
+    attn = getattr(block, "attn", None)
+    weights = {name: part.weight.numel() for name, part in block.named_modules() if isinstance(part, nn.Linear)}
+    elsewhere = any(not name.startswith(("attn.", "mlp.")) for name in weights)
+    if getattr(type(attn), "forward", None) not in _ATTENTIONS or elsewhere or not hasattr(block, "mlp"):
+        raise TypeError(
+            f"the block {type(block).__name__} with attention {type(attn).__name__} is not one whose multiply-adds are "
+            "known; expected timm's blocks with attention and MLP one after the other."
+        )
+    of_attn = {name.removeprefix("attn."): n for name, n in weights.items() if name.startswith("attn.")}
+    qkv = of_attn.get("qkv", 0) // 3
+    projections = rows * (qkv + sum(of_attn.get(name, 0) for name in _OF_ROWS))
+    projections += tokens * (2 * qkv + sum(of_attn.get(name, 0) for name in _OF_TOKENS))
+    attention = 2 * rows * tokens * attn.proj.in_features  # type: ignore[union-attr]  # the width of all heads together
+    attention += rows * tokens * sum(of_attn.get(name, 0) for name in _OF_PAIRS)
+    return attention, projections, rows * sum(n for name, n in weights.items() if name.startswith("mlp."))
 
-    The share is that of the ordinary network, whole blocks on all patches. Beside it stands what merging tokens costs
-    when it is made as cheap (MaskedKD, Fig. 3), after r, the patches that leave in the first block.
 
-    Args:
-        argv: after the command's name.
-    """
-    from rich.console import Console
-    from rich.table import Table
+def _head_macs(vit: Any, tokens: int) -> int:
+    """Classifier, and the attention pool of SigLIP and its like."""
+    heads = [head for name in ("head", "head_dist") if isinstance(head := getattr(vit, name, None), nn.Linear)]
+    macs = sum(head.weight.numel() for head in heads)
+    pool = getattr(vit, "attn_pool", None)
+    if pool is None:
+        return macs
+    if not isinstance(pool, AttentionPoolLatent):
+        raise TypeError(f"the pool {type(pool).__name__} is not one whose multiply-adds are known.")
+    of_latent = sum(
+        part.weight.numel() for part in pool.modules() if isinstance(part, nn.Linear) and part is not pool.kv
+    )
+    attention = 2 * tokens * pool.kv.in_features
+    return macs + tokens * pool.kv.weight.numel() + pool.latent_len * (of_latent + attention)
 
-    from .recipe import load_recipe
 
-    if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write("usage: fastmkd cost RECIPE.yaml [--key=value ...]\n       fastmkd cost TIMM_MODEL ...\n")
-        return 0 if argv else 2
-    if argv[0].endswith((".yaml", ".yml")):
-        models = recipe_models(load_recipe(argv[0], argv[1:]))
-    else:
-        models = {name: build_model(ModelRecipe(name), {}, "model") for name in argv}
-    table = Table(title="Multiply-adds per image, in millions")
-    for column in ("network", "patches kept", "embed all, then gather", "fastmkd", "share of full", "merging r"):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    for role, model in models.items():
-        try:
-            full = vit_macs(model, exact_savings=False)
-        except TypeError as error:
-            raise UserError(f"cost counts ViTs only: {error}") from None
-        patches = int(model.patch_embed.num_patches)  # type: ignore[union-attr, arg-type]
-        for share in (1.0, 0.75, 0.5, 0.25):
-            keep = max(1, round(share * patches))
-            ours, theirs = vit_macs(model, keep), vit_macs(model, keep, exact_savings=False)
-            table.add_row(
-                role,
-                f"{keep} of {patches}",
-                f"{theirs.total / 1e6:.1f}",
-                f"{ours.total / 1e6:.1f}",
-                f"{ours.total / full.total:.1%}",
-                _merging(model, share, ours.head),
-            )
-        table.add_section()
-    Console().print(table)
-    return 0
+def _norm_elements(block: Any, tokens: int) -> int:
+    """How many elements the layer norms of a block get."""
+    count = 0
+    for name, part in block.named_modules():
+        heads = 1
+        if name in ("attn.q_norm", "attn.k_norm"):  # one norm for all heads, each of which it gets
+            kind = "num_heads" if name == "attn.q_norm" else "num_kv_heads"
+            heads = getattr(block.attn, kind, block.attn.num_heads)
+        count += heads * tokens * _width(part)
+    return count
+
+
+def _width(part: Any) -> int:
+    """Elements that a layer norm normalises together; 0 for anything else."""
+    return math.prod(part.normalized_shape) if isinstance(part, nn.LayerNorm) else 0

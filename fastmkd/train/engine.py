@@ -25,6 +25,7 @@ from .loading import Batch, Loader, epoch_plan
 from .logs import RunLog
 from .meter import Meter
 from .optim import build_optimizer, build_schedule
+from .over_training import Snapshots
 from .rundir import RunDir
 from .schema import Recipe
 from .seeds import seed_all
@@ -132,6 +133,11 @@ class Trainer:
         self.method, self.optimizer = accelerator.prepare(setup.method, optimizer)
         if sharded and self.ema is not None:
             shard_like(self.ema.module, self.student)
+        if sharded:
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(self.method, "pictures")  # gathers weights for it as for `forward`
+        self.snapshots = Snapshots(setup, run, self.test_loader, self.finish_test, accelerator)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
 
     def _plan(self, epoch: int) -> Tensor:
@@ -166,12 +172,15 @@ class Trainer:
                 log.say(f"warning: {problem}")
             scores: dict[str, float] = {}
             for epoch in range(self.step // self.updates_per_epoch, recipe.schedule.epochs):
+                if self.step % self.updates_per_epoch == 0:
+                    self.snapshots.take(epoch)
                 self._train_epoch(epoch, meter, log, interrupts)
                 last = epoch + 1 == recipe.schedule.epochs
                 if last or (epoch + 1) % recipe.run.eval_every == 0:
                     scores = self.test()
                     log.numbers(self.step, epoch, {f"test.{name}": value for name, value in scores.items()})
                     log.say(f"epoch {epoch + 1}/{recipe.schedule.epochs}  test top-1 {scores['top1']:.2f} %")
+            self.snapshots.take(recipe.schedule.epochs)
             scores = scores or self.test()  # resumed after the last epoch
             bad = self._bad_pictures()
             if bad:

@@ -154,6 +154,7 @@ def _check(recipe: Recipe) -> None:
         ("run.eval_every", recipe.run.eval_every, 1, float("inf")),
         ("run.save_every", recipe.run.save_every, 0, float("inf")),
         ("run.keep", recipe.run.keep, 1, float("inf")),
+        ("run.panels", recipe.run.panels, 0, 1000),
         ("seed", recipe.seed, 0, 2**63 - 1),
     ]
     shares = ("flip", "random_erasing", "mix_prob", "switch_prob", "label_smoothing")

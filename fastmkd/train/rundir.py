@@ -1,6 +1,6 @@
 """The folder of a run: whose it is, who works in it now, and what came out.
 
-Files: ``recipe.json`` (what the run is), ``lock``, ``checkpoints/``, ``metrics.csv``, ``tensorboard/``,
+Files: ``recipe.json`` (what the run is), ``lock``, ``checkpoints/``, ``metrics.csv``, ``tensorboard/``, ``panels/``,
 ``model.safetensors`` (the student, with timm's keys) and ``result.json`` (written last).
 """
 
@@ -39,6 +39,11 @@ class RunDir:
     def weights(self) -> Path:
         """The trained student."""
         return self.path / "model.safetensors"
+
+    @property
+    def panels(self) -> Path:
+        """Folder of what the method showed at several epochs."""
+        return self.path / "panels"
 
     @property
     def metrics(self) -> Path:

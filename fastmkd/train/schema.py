@@ -212,6 +212,8 @@ class RunRecipe:
         resume: auto goes on from the newest complete checkpoint, never refuses a folder that has one, anything else is
             the checkpoint's folder.
         tensorboard: write TensorBoard files beside the CSV.
+        panels: at how many moments of training, spread evenly, to keep what the method sees in eight test pictures
+            (saliency, kept patches) for fastmkd show --over-training; 0 for none.
     """
 
     root: str = "runs"
@@ -224,6 +226,7 @@ class RunRecipe:
     keep: int = 2
     resume: str = "auto"
     tensorboard: bool = True
+    panels: int = 6
 
 
 @dataclass

@@ -1,4 +1,9 @@
-"""``fastmkd show RECIPE_OR_RUN``: a sheet of what a method has to show for some test pictures."""
+"""``fastmkd show RUN``: pictures of a run.
+
+Without an option, what its method has to show for some test pictures: input, saliency, kept patches. --over-training
+draws the same few pictures as training went on, --answers what teacher and student say, --accuracy-against-kept
+compares runs that kept different shares of the patches (MaskedKD, Fig. 2).
+"""
 
 from __future__ import annotations
 
@@ -6,29 +11,23 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..methods import Panel
+from .answers import show_answers
 from .augment import Finisher
-from .build import Setup, assemble
-from .checkpoint import atomic_write
-from .engine import train
+from .build import Setup, open_run
 from .errors import UserError
+from .keep_curve import show_accuracy
 from .loading import Loader
-from .models import load_weights
+from .over_training import show_over_training
 from .recipe import load_recipe, recipe_from_dict
 from .rundir import RunDir
 from .schema import Recipe
+from .sheet import draw_sheet, spread, to_pixels
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ["draw_sheet", "main", "open_recipe", "sheet_of", "show"]
-
-HIDDEN = (0.66, 0.73, 0.82)
+__all__ = ["main", "open_recipe", "sheet_of", "show"]
 
 
 def show(recipe: Recipe, out: str | Path, count: int = 8) -> None:
@@ -42,11 +41,7 @@ def show(recipe: Recipe, out: str | Path, count: int = 8) -> None:
     Raises:
         UserError: the run has not finished, or no test picture can be read.
     """
-    run = RunDir(recipe.run_dir)
-    if run.result() is None:
-        raise UserError(f"{recipe.name} has no finished run in {run.path}; fastmkd train it first.")
-    setup = assemble(recipe, train)
-    load_weights(setup.student, run.weights, "student")
+    setup = open_run(recipe)
     draw_sheet(*sheet_of(setup, count), out, title=f"{recipe.name}: {type(setup.method).__name__}")
 
 
@@ -62,113 +57,59 @@ def sheet_of(setup: Setup, count: int) -> tuple[list[Panel], list[str]]:
     """
     source = setup.source
     loader = Loader(source.test, setup.recipe.data, None, source.image_size, torch.device("cpu"), setup.recipe.seed)
-    batch = next(loader.batches([_spread(source.test.labels, count)]), None)
+    batch = next(loader.batches([spread(source.test.labels, count)]), None)
     if batch is None:
         raise UserError("none of the test pictures to show can be read.")
     images, targets = Finisher(source.mean, source.std, source.num_classes)(*batch)
     setup.method.eval()
     with torch.no_grad():
-        panels = setup.method.pictures(images)
+        panels = to_pixels(setup.method.pictures(images), source.mean, source.std)
         answers = setup.student(images).argmax(1)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (source.mean, source.std))
-    plain = [
-        panel._replace(image=(panel.image * std + mean).clamp(0, 1)) if panel.kind == "image" else panel
-        for panel in panels
-    ]
     captions = []
     for target, answer in zip(targets.tolist(), answers.tolist(), strict=True):
         wrong = "" if target == answer else f"\n(student: {source.classes[answer]})"
         captions.append(source.classes[target] + wrong)
-    return plain, captions
-
-
-def _spread(labels: Tensor, count: int) -> Tensor:
-    """Indices of `count` pictures that take the classes in turn."""
-    turn = torch.zeros_like(labels)
-    for label in labels.unique():
-        members = labels == label
-        turn[members] = torch.arange(int(members.sum()))
-    order = torch.argsort(turn * (int(labels.max()) + 1) + labels)
-    return order[:count]
-
-
-def draw_sheet(panels: Sequence[Panel], captions: Sequence[str], out: str | Path, title: str = "") -> None:
-    """Draws one column per picture and one row per panel.
-
-    Images are drawn as they are, heat maps in viridis, and masks as the image with what is hidden faded to grey.
-
-    Args:
-        panels: the first one of kind "image" is what masks are laid over.
-        captions: one per picture.
-        out: the file; its suffix chooses the format.
-        title: over the sheet.
-
-    Raises:
-        UserError: matplotlib does not know the format.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns, rows = len(captions), len(panels)
-    figure = Figure(figsize=(1.15 * columns + 1.3, 1.2 * rows + 0.75), layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    inputs = next((panel.image for panel in panels if panel.kind == "image"), None)
-    for row, panel in enumerate(panels):
-        for column in range(columns):
-            cell = axes[row][column]
-            cell.set_xticks([])
-            cell.set_yticks([])
-            for spine in cell.spines.values():
-                spine.set_visible(False)
-            _draw(cell, panel, column, inputs)
-            if row == 0:
-                cell.set_title(captions[column], fontsize=9, color="0.15")
-        axes[row][0].set_ylabel(panel.title, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
-    if title:
-        figure.suptitle(title, fontsize=12, fontweight="bold")
-    kind = Path(out).suffix.lstrip(".").lower()
-    if kind not in canvas.get_supported_filetypes():
-        raise UserError(f"--out is {out}; expected a name that ends in .png, .pdf or .svg.")
-    atomic_write(out, lambda part: figure.savefig(part, dpi=150, format=kind))
-
-
-def _draw(cell: Axes, panel: Panel, index: int, inputs: Tensor | None) -> None:
-    image = panel.image[index].float().cpu()
-    if panel.kind == "heat":
-        cell.imshow(image.numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    elif panel.kind == "image" or inputs is None:
-        cell.imshow(_channels_last(image if image.dim() == 3 else image[None]), vmin=0, vmax=1, interpolation="nearest")
-    else:
-        seen = inputs[index].float().cpu()
-        seen = seen.expand(3, -1, -1) if seen.shape[0] == 1 else seen
-        hidden = (image < 0.5)[None]  # (1, H, W)
-        # A tint tells what is hidden from what is grey; a trace of the picture stays.
-        faded = torch.tensor(HIDDEN).view(3, 1, 1) + 0.08 * seen.mean(0, keepdim=True)
-        cell.imshow(_channels_last(torch.where(hidden, faded, seen)), interpolation="nearest")
-
-
-def _channels_last(image: Tensor) -> Any:
-    """``(1 or 3, H, W)`` -> ``(H, W, 3)`` array."""
-    return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    return panels, captions
 
 
 def main(argv: Sequence[str]) -> int:
-    """Draws a sheet for a recipe or the folder of a run.
+    """Draws a picture of one run, or of several.
 
     Args:
         argv: after the command's name.
     """
     # The standard parser, because jsonargparse has no way to hand the recipe's own options on.
-    parser = argparse.ArgumentParser(prog="fastmkd show", description=__doc__)
-    parser.add_argument("target", help="recipe (YAML) or folder of a finished run")
-    parser.add_argument("--out", default="show.png", help="file to write: .png, .pdf or .svg")
-    parser.add_argument("--count", type=int, default=8, help="how many pictures")
+    parser = argparse.ArgumentParser(prog="fastmkd show", description=__doc__, allow_abbrev=False)
+    parser.add_argument("targets", nargs="+", metavar="RUN", help="folder of a run, or its recipe (YAML)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--over-training", action="store_true", help="saliency and kept patches at several epochs")
+    kind.add_argument("--answers", action="store_true", help="top 3 of teacher, masked teacher and student")
+    kind.add_argument("--accuracy-against-kept", action="store_true", help="of the students of several runs")
+    parser.add_argument("--out", help="file to write: .png, .pdf or .svg; named after the kind of picture")
+    parser.add_argument("--count", type=int, help="how many pictures to show: 8, with the first two options 4")
+    parser.add_argument("--pictures", type=int, help="how many to measure the teacher's accuracy on; all")
     arguments, options = parser.parse_known_args(list(argv))
-    if arguments.count < 1:
-        raise UserError(f"--count is {arguments.count}; expected at least 1.")
-    show(open_recipe(arguments.target, options), arguments.out, arguments.count)
-    sys.stdout.write(f"wrote {arguments.out}\n")
+    for name in ("count", "pictures"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name} is {value}; expected at least 1.")
+    targets: list[str] = arguments.targets
+    if arguments.accuracy_against_kept:
+        out = arguments.out or "accuracy_against_kept.png"
+        show_accuracy([open_recipe(target, options) for target in targets], out, arguments.pictures)
+    elif len(targets) > 1 and Path(targets[0]).is_dir():
+        raise UserError(f"{len(targets)} runs are given, but only --accuracy-against-kept draws several.")
+    else:
+        recipe = open_recipe(targets[0], [*options, *targets[1:]])
+        if arguments.over_training:
+            out = arguments.out or "over_training.png"
+            show_over_training(RunDir(recipe.run_dir), out, arguments.count or 4)
+        elif arguments.answers:
+            out = arguments.out or "answers.png"
+            show_answers(open_run(recipe), out, arguments.count or 4)
+        else:
+            out = arguments.out or "show.png"
+            show(recipe, out, arguments.count or 8)
+    sys.stdout.write(f"wrote {out}\n")
     return 0
 
 

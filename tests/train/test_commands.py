@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fastmkd.methods import Panel
 from fastmkd.train.cli import COMMANDS, main
-from fastmkd.train.show import draw_sheet
+from fastmkd.train.sheet import draw_sheet
 
 
 def test_train_then_export_eval_show_cost(recipes, capsys):

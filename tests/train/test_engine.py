@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from fastmkd import MaskedKD, MaskedViT
 from fastmkd.train import engine
 from fastmkd.train.build import assemble
-from fastmkd.train.cost import recipe_models
+from fastmkd.train.cost_command import recipe_models
 from fastmkd.train.engine import Trainer, train
 from fastmkd.train.errors import UserError
 from fastmkd.train.interrupt import RunInterrupted

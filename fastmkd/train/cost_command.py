@@ -1,0 +1,198 @@
+"""``fastmkd cost RECIPE.yaml|TIMM_MODEL ...``: multiply-adds of teacher and student by patches kept."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..nn import MaskedViT
+from ..nn.merge_cost import merged_macs, merges_like_mask
+from ..nn.ragged_vit import why_not_ragged
+from .build import teacher_recipe
+from .cost import IMAGENET_PICTURES, paper_operations, vit_macs
+from .data import load_data
+from .errors import UserError
+from .models import build_model, model_kwargs
+from .recipe import load_recipe
+from .schema import ModelRecipe, Recipe
+
+__all__ = ["Cost", "costs", "main", "recipe_models"]
+
+PAPER_EPOCHS = 300  # of the runs in MaskedKD's Table 2
+
+
+class Cost(NamedTuple):
+    """What a network costs on some of its patches.
+
+    Attributes:
+        keep: patches kept.
+        public: multiply-adds per image of the public code: embed all, gather, whole blocks.
+        ours: multiply-adds per image of fastmkd.
+        share: `ours` over those of the ordinary network, on all patches.
+        run: operations of a whole training as the paper's Table 2 counts them.
+        merging: what merging tokens instead (MaskedKD, Fig. 3) costs when it is made as cheap: the patches that leave
+            in the first block, and multiply-adds per image. None where that cannot be done.
+    """
+
+    keep: int
+    public: int
+    ours: int
+    share: float
+    run: int
+    merging: tuple[int, int] | None
+
+
+def costs(model: nn.Module, shares: Sequence[float], pictures: int, epochs: int) -> Iterator[Cost]:
+    """Counts a network at several shares of its patches.
+
+    Args:
+        model: see `fastmkd.train.cost.vit_macs`.
+        shares: k over all patches.
+        pictures: training pictures.
+        epochs: how often the network sees each.
+
+    Yields:
+        One cost per share.
+
+    Example:
+        >>> import timm
+        >>> deit = timm.create_model("deit_small_patch16_224")
+        >>> [(cost.keep, f"{cost.run / 1e15:.0f}") for cost in costs(deit, [1, 0.5], IMAGENET_PICTURES, 300)]
+        [(196, '1771'), (98, '867')]
+    """
+    patches = math.prod(MaskedViT(model).patch_grid())
+    full = vit_macs(model, exact_savings=False).total
+    for share in shares:
+        keep = max(1, round(share * patches))
+        ours, public = vit_macs(model, keep), vit_macs(model, keep, exact_savings=False).total
+        run = paper_operations(model, keep) * pictures * epochs
+        yield Cost(keep, public, ours.total, ours.total / full, run, _merging(model, share, ours.head))
+
+
+def _merging(model: Any, share: float, head: int) -> tuple[int, int] | None:
+    if why_not_ragged(model) is not None:
+        return None
+    patches = int(model.patch_embed.num_patches)
+    try:
+        merges = merges_like_mask(model, patches, share)
+    except ValueError:  # not even merging all it can is that cheap
+        return None
+    return merges[0], merged_macs(model, merges, patches) + head
+
+
+def recipe_models(recipe: Recipe) -> dict[str, nn.Module]:
+    """Makes student and teacher of a recipe without any weights, on the meta device.
+
+    Args:
+        recipe: names them.
+    """
+    source = load_data(recipe.data)
+    parts, sources = {"student": recipe.student}, {"student": source, "teacher": source}
+    of_teacher = teacher_recipe(recipe)
+    if of_teacher is not None:
+        parts["teacher"], sources["teacher"] = of_teacher.student, load_data(of_teacher.data)
+    elif recipe.teacher is not None and recipe.teacher.name is not None:
+        parts["teacher"] = ModelRecipe(recipe.teacher.name, recipe.teacher.kwargs)
+    models = {}
+    for role, part in parts.items():
+        bare = ModelRecipe(part.name, part.kwargs)
+        with torch.device("meta"):
+            models[role] = build_model(bare, model_kwargs(bare, sources[role]), role)
+    return models
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table; a share is that of the ordinary network, whole blocks on all patches.
+
+    Merging stands beside it after r, the patches that leave in the first block.
+
+    Args:
+        argv: after the command's name.
+    """
+    # The standard parser, because jsonargparse has no way to hand the recipe's own options on.
+    parser = argparse.ArgumentParser(prog="fastmkd cost", description=__doc__, allow_abbrev=False)
+    parser.add_argument("targets", nargs="+", help="a recipe (YAML, with its options), or names of timm's models")
+    parser.add_argument("--keep", type=float, nargs="+", default=[], help="shares of the patches; 1 0.75 0.5 0.25")
+    parser.add_argument("--image_size", type=int, help="side in pixels, for timm's models")
+    parser.add_argument("--pictures", type=int, help="training pictures; those of the recipe, or ImageNet's")
+    parser.add_argument("--epochs", type=int, help="of training; those of the recipe, or the paper's 300")
+    arguments, options = parser.parse_known_args(list(argv))
+    targets: list[str] = arguments.targets
+    for share in arguments.keep:
+        if not 0 < share <= 1:
+            raise UserError(f"--keep has {share}; expected shares of the patches above 0 and at most 1.")
+    for name in ("image_size", "pictures", "epochs"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name} is {value}; expected at least 1.")
+    shares = arguments.keep or [1.0, 0.75, 0.5, 0.25]
+    pictures, epochs = IMAGENET_PICTURES, PAPER_EPOCHS
+    if targets[0].endswith((".yaml", ".yml")):
+        recipe = load_recipe(targets[0], [*options, *targets[1:]])
+        models = recipe_models(recipe)
+        pictures, epochs = len(load_data(recipe.data).train), recipe.schedule.epochs
+        own = recipe.method.init_args.get("keep_ratio")
+        if own is not None and not arguments.keep:
+            shares = sorted({*shares, own}, reverse=True)
+    else:
+        if options:
+            raise UserError(f"{options[0]} is an option of a recipe; name one, or only models of timm.")
+        size = {} if arguments.image_size is None else {"img_size": arguments.image_size}
+        with torch.device("meta"):
+            models = {name: build_model(ModelRecipe(name), size, "model") for name in targets}
+    report(models, shares, arguments.pictures or pictures, arguments.epochs or epochs)
+    return 0
+
+
+def report(models: dict[str, nn.Module], shares: Sequence[float], pictures: int, epochs: int) -> None:
+    """Prints the table.
+
+    Args:
+        models: by the name to print.
+        shares: k over all patches.
+        pictures: training pictures.
+        epochs: how often a network sees each.
+
+    Raises:
+        UserError: a network is not a ViT that can be counted.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title="Multiply-adds per image, in millions",
+        caption=f"Paper's count: {pictures:,} pictures x {epochs} epochs, embed all, then gather, layer norms.",
+    )
+    for column in ("network", "patches kept", "embed all, then gather", "fastmkd", "share of full", "merging r", "paper's count"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for role, model in models.items():
+        try:
+            found = list(costs(model, shares, pictures, epochs))
+            patches = math.prod(MaskedViT(model).patch_grid())
+        except TypeError as error:
+            raise UserError(f"cost counts ViTs only: {error}") from None
+        for cost in found:
+            table.add_row(
+                role,
+                f"{cost.keep} of {patches}",
+                f"{cost.public / 1e6:.1f}",
+                f"{cost.ours / 1e6:.1f}",
+                f"{cost.share:.1%}",
+                "-" if cost.merging is None else f"{cost.merging[0]}: {cost.merging[1] / 1e6:.1f}",
+                _engineering(cost.run),
+            )
+        table.add_section()
+    Console().print(table)
+
+
+def _engineering(operations: float) -> str:
+    """Four digits and a prefix: 866.9 PFLOPs."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if operations < 1000 or prefix == "P":
+            break
+        operations /= 1000
+    return f"{operations:.1f} {prefix}FLOPs"
