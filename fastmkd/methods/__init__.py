@@ -4,7 +4,18 @@ from .base import DistillMethod, DistillOutput, Panel
 from .dino import MaskedDINO
 from .dpk import DPK
 from .feature_kd import FeatureKD
+from .linear_probe import LinearProbe
 from .maskedkd import MaskedKD
 from .supervised import Supervised
 
-__all__ = ["DPK", "DistillMethod", "DistillOutput", "FeatureKD", "MaskedDINO", "MaskedKD", "Panel", "Supervised"]
+__all__ = [
+    "DPK",
+    "DistillMethod",
+    "DistillOutput",
+    "FeatureKD",
+    "LinearProbe",
+    "MaskedDINO",
+    "MaskedKD",
+    "Panel",
+    "Supervised",
+]

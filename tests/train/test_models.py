@@ -42,6 +42,22 @@ def test_unknown_names_and_arguments():
         build_model(ModelRecipe(), {**SMALL, "num_heads": 5}, "teacher")
 
 
+def test_networks_for_cifar():
+    source = load_data(DataRecipe(name="digits"))
+    with pytest.raises(UserError, match=r"cifar\.vgg8 takes colour pictures, and these have 1 channel"):
+        model_kwargs(ModelRecipe("cifar.vgg8"), source)
+    source.channels = 3
+    recipe = ModelRecipe("cifar.wrn_16_2")
+    model = build_model(recipe, model_kwargs(recipe, source), "student")
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    with pytest.raises(UserError, match=r"has no weights to download"):
+        build_model(ModelRecipe("cifar.vgg8", pretrained=True), {}, "teacher")
+    with pytest.raises(UserError, match=r"'cifar\.vgg7', .*Near it are .*cifar\.vgg8"):
+        build_model(ModelRecipe("cifar.vgg7"), {}, "student")
+    with pytest.raises(UserError, match=r"cannot make the student cifar\.vgg8 .*depth"):
+        build_model(ModelRecipe("cifar.vgg8"), {"depth": 3}, "student")
+
+
 def test_weights_round_trip_in_both_formats(tmp_path):
     model = small()
     save_tensors(tmp_path / "w.safetensors", model.state_dict())
