@@ -133,4 +133,19 @@ inline TapTableArgs check_tap_table(const Tensor& cells, const Tensor& rank, con
   return args;
 }
 
+// Checks of fastmkd_native::centred_gram that its CPU and CUDA entries share.
+inline void check_centred_gram(const std::vector<Tensor>& features) {
+  require(!features.empty(), "features is empty; expected at least one layer, a list of (n, d) tensors.");
+  for (size_t i = 0; i < features.size(); ++i) {
+    const Tensor& x = features[i];
+    const std::string name = "features[" + std::to_string(i) + "]";
+    require_dim(x, name.c_str(), 2, "(n, d)");
+    require_dtype(x, name.c_str(), features[0].scalar_type());
+    require(x.size(0) >= 4 && x.size(0) == features[0].size(0), name, " has shape ", shape_text(x),
+            "; expected the same n for every layer, at least 4.");
+    require(x.size(1) >= 1, name, " has shape ", shape_text(x), "; expected at least one feature.");
+    require(x.size(1) == 1 || x.stride(1) == 1, name, "'s last dimension has stride ", x.stride(1), "; expected 1.");
+  }
+}
+
 }  // namespace fastmkd

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-CACHE = tempfile.mkdtemp(prefix="fastmkd-test-cache-")
-os.environ["FASTMKD_CACHE"] = CACHE  # before fastmkd is imported anywhere
+os.environ["FASTMKD_CACHE"] = tempfile.mkdtemp(prefix="fastmkd-test-cache-")  # before fastmkd is imported anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -18,7 +17,7 @@ import torch
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(CACHE, ignore_errors=True)
+    shutil.rmtree(os.environ["FASTMKD_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ namespace fastmkd {
 namespace {
 
 Tensor centred_gram(const std::vector<Tensor>& features) {
-  require(!features.empty(), "features is empty; expected at least one layer, a list of (n, d) tensors.");
+  check_centred_gram(features);
   GramArgs args{};
   args.dtype = core_dtype(features[0], "features[0]");
   require(args.dtype != DType::f64,
@@ -19,14 +19,7 @@ Tensor centred_gram(const std::vector<Tensor>& features) {
   std::vector<GramLayer> layers;
   for (size_t i = 0; i < features.size(); ++i) {
     const Tensor& x = features[i];
-    const std::string name = "features[" + std::to_string(i) + "]";
-    require_dim(x, name.c_str(), 2, "(n, d)");
-    require_cpu(x, name.c_str());
-    require_dtype(x, name.c_str(), features[0].scalar_type());
-    require(x.size(0) >= 4 && x.size(0) == features[0].size(0), name, " has shape ", shape_text(x),
-            "; expected the same n for every layer, at least 4.");
-    require(x.size(1) >= 1, name, " has shape ", shape_text(x), "; expected at least one feature.");
-    require(x.size(1) == 1 || x.stride(1) == 1, name, "'s last dimension has stride ", x.stride(1), "; expected 1.");
+    require_cpu(x, ("features[" + std::to_string(i) + "]").c_str());
     layers.push_back({x.const_data_ptr(), x.stride(0), x.size(1)});
   }
   args.layers = layers.data();

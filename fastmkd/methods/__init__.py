@@ -7,4 +7,13 @@ from .feature_kd import FeatureKD
 from .maskedkd import MaskedKD
 from .supervised import Supervised
 
-__all__ = ["DPK", "DistillMethod", "DistillOutput", "FeatureKD", "MaskedDINO", "MaskedKD", "Panel", "Supervised"]
+__all__ = [
+    "DPK",
+    "DistillMethod",
+    "DistillOutput",
+    "FeatureKD",
+    "MaskedDINO",
+    "MaskedKD",
+    "Panel",
+    "Supervised",
+]

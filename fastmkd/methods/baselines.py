@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ from .dpk_stage import resize
 from .losses import logit_kd
 
 __all__ = [
-    "BASELINES",
     "Answers",
     "AttentionTransfer",
     "Baseline",
@@ -387,13 +386,3 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-# By the name that FeatureKD(base=...) and a recipe use.
-BASELINES: dict[str, Callable[[], Baseline]] = {
-    "kd": VanillaKD,
-    "fitnet": FitNet,
-    "at": AttentionTransfer,
-    "dkd": DecoupledKD,
-    "reviewkd": ReviewKD,
-}

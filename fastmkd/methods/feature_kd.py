@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .base import DistillMethod, DistillOutput, split_heads, supervised_loss
-from .baselines import BASELINES, Answers, Baseline
+from .baselines import Answers, AttentionTransfer, Baseline, DecoupledKD, FitNet, ReviewKD, VanillaKD
 from .choices import choose
+from .crd import BatchCRD
 from .features import Features, check_layers, input_shape, observe_maps, probe
 from .losses import logit_kd
 from .teacher_call import CompileMode, TeacherCall
 
-__all__ = ["FeatureKD"]
+__all__ = ["BASELINES", "FeatureKD"]
+
+# By the name that FeatureKD(base=...) and a recipe use.
+BASELINES: dict[str, Callable[[], Baseline]] = {
+    "kd": VanillaKD,
+    "fitnet": FitNet,
+    "at": AttentionTransfer,
+    "dkd": DecoupledKD,
+    "reviewkd": ReviewKD,
+    "crd-batch": BatchCRD,
+}
 
 
 class FeatureKD(DistillMethod):
-    r"""Vanilla KD, FitNet, attention transfer, DKD or ReviewKD between any two classifiers, by name.
+    r"""Vanilla KD, FitNet, attention transfer, DKD, ReviewKD or in-batch CRD between any two classifiers, by name.
 
     The loss is ``ce_weight * CE + weight * base + logit_weight * KD`` with ``KD = tau^2 * KL(teacher || student)``.
     ``base="fitnet", weight=0.2, logit_weight=0.8`` makes it DPK's loss with FitNet's transform (Table 8).
@@ -27,7 +38,8 @@ class FeatureKD(DistillMethod):
     Args:
         student: a classifier; trained in place.
         teacher: a classifier of the same classes; frozen in place.
-        base: "kd", "fitnet", "at", "dkd", "reviewkd", or a `fastmkd.methods.baselines.Baseline` with its options.
+        base: "kd", "fitnet", "at", "dkd", "reviewkd", "crd-batch", or a `fastmkd.methods.baselines.Baseline` with its
+            options.
         layers: the stages: the teacher's layer by the student's; not needed for "kd" and "dkd".
         weight: of the base; None takes its usual one.
         logit_weight: of vanilla KD beside another base.

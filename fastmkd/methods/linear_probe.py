@@ -1,4 +1,4 @@
-"""Training the classifier only, on a backbone that is frozen and in eval mode (MaskedKD, Appendix C)."""
+"""Training the classifier only, on a frozen backbone in eval mode (MaskedKD, Appendix C; DPK, Table 16)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ def all_but_classifier(student: nn.Module) -> list[str]:
     Args:
         student: a network of timm, or a `fastmkd.MaskedViT`.
 
+    Raises:
+        ValueError: the network has no classifier.
+
     Example:
         >>> import timm
         >>> frozen = all_but_classifier(timm.create_model("vit_tiny_patch16_224", depth=1))
@@ -22,6 +25,8 @@ def all_but_classifier(student: nn.Module) -> list[str]:
         (False, True)
     """
     trained = {id(p) for layer in classifier_of(student) for p in layer.parameters()}
+    if not trained:
+        raise ValueError("student has no classifier to train; create it with num_classes above 0.")
     return [name for name, p in student.named_parameters() if id(p) not in trained]
 
 

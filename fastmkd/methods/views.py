@@ -243,18 +243,18 @@ def blocks_of(vit: MaskedViT) -> list[Any]:
     return list(vit.model.blocks.children())
 
 
-def classifier_of(vit: nn.Module) -> tuple[nn.Module, ...]:
+def classifier_of(network: nn.Module) -> tuple[nn.Module, ...]:
     """Returns the last layer of each head.
 
     Args:
-        vit: a timm ViT or a `MaskedViT` of one.
+        network: a timm network, or a `MaskedViT` of one.
 
     Example:
         >>> import timm
         >>> classifier_of(timm.create_model("deit_tiny_patch16_224", depth=1))
         (Linear(in_features=192, out_features=1000, bias=True),)
     """
-    model: Any = vit.model if isinstance(vit, MaskedViT) else vit
+    model: Any = network.model if isinstance(network, MaskedViT) else network
     layers = model.get_classifier()
     return tuple(layers) if isinstance(layers, tuple | list) else (layers,)
 

@@ -2,5 +2,6 @@
 
 from .cka import MinibatchCKA, cka_matrix, hsic1
 from .comparison import Comparison, compare
+from .cosine import compare_cosine
 
-__all__ = ["Comparison", "MinibatchCKA", "cka_matrix", "compare", "hsic1"]
+__all__ = ["Comparison", "MinibatchCKA", "cka_matrix", "compare", "compare_cosine", "hsic1"]

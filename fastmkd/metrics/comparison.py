@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from ..ops import centred_gram
 from ..ops.centred_gram import MIN_BATCH
 from .cka import MinibatchCKA, as_rows
 
-__all__ = ["Comparison", "compare", "layer_names"]
+__all__ = ["Comparison", "Taps", "compare", "eval_mode", "layer_names"]
 
 Layers = Sequence[str] | tuple[Sequence[str], Sequence[str]]
 
@@ -74,9 +74,9 @@ def compare(
     same = model_a is model_b
     total = MinibatchCKA(names=(names_a, names_b))
     per_batch, skipped = [], 0
-    taps_a = _Taps(model_a, [*names_a, *names_b] if same else names_a)
-    taps_b = taps_a if same else _Taps(model_b, names_b)
-    with _eval_mode(model_a, model_b), taps_a, contextlib.nullcontext() if same else taps_b:
+    taps_a = Taps(model_a, [*names_a, *names_b] if same else names_a)
+    taps_b = taps_a if same else Taps(model_b, names_b)
+    with eval_mode(model_a, model_b), taps_a, contextlib.nullcontext() if same else taps_b:
         for batch in loader:
             images = batch[0] if isinstance(batch, tuple | list) else batch
             if len(images) < MIN_BATCH:
@@ -153,15 +153,25 @@ def _blocks(module: nn.Module, prefix: str) -> Iterator[str]:
             yield from _blocks(child, f"{prefix}{name}.")
 
 
-class _Taps:
-    """Makes the Gram of each named module's output while the network runs."""
+def _gram(features: Tensor) -> Tensor:
+    return centred_gram([as_rows(features)])[0]  # (n, n)
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self.model, self.names = model, list(dict.fromkeys(names))
-        self.grams: dict[str, Tensor] = {}
+
+class Taps:
+    """Keeps something of each named module's output while the network runs; hooks live inside the ``with``.
+
+    Args:
+        model: the network.
+        names: of its modules.
+        keep: makes of an output what is kept, at once: later layers may overwrite it. The Gram, unless said otherwise.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], keep: Callable[[Tensor], Tensor] = _gram) -> None:
+        self.model, self.names, self.keep = model, list(dict.fromkeys(names)), keep
+        self.found: dict[str, Tensor] = {}
         self.handles: list[Any] = []
 
-    def __enter__(self) -> _Taps:
+    def __enter__(self) -> Taps:
         for name in self.names:
             self.handles.append(self.model.get_submodule(name).register_forward_hook(self._hook(name)))
         return self
@@ -169,6 +179,7 @@ class _Taps:
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
+        self.handles = []
 
     def _hook(self, name: str) -> Any:
         def tap(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -177,26 +188,38 @@ class _Taps:
                 raise TypeError(
                     f"the layer {name!r} returns {type(features).__name__}; name one that returns a tensor."
                 )
-            if name in self.grams:
+            if name in self.found:
                 raise ValueError(f"the layer {name!r} runs more than once in a forward; name one that runs once.")
-            self.grams[name] = centred_gram([as_rows(features)])[0]  # (n, n)
+            self.found[name] = self.keep(features)
 
         return tap
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
-        """Runs the network on its own device and returns the Grams ``(n, n)`` by name."""
-        self.grams = {}
+        """Runs the network on its own device and returns what was kept, by name.
+
+        Args:
+            images: ``(B, C, H, W)``.
+
+        Raises:
+            ValueError: a module that did not run exactly once.
+            TypeError: one whose output is no tensor.
+        """
+        self.found = {}
         first = next(self.model.parameters(), None)
         self.model(images if first is None else images.to(first.device))
-        silent = [name for name in self.names if name not in self.grams]
+        silent = [name for name in self.names if name not in self.found]
         if silent:
             raise ValueError(f"the layer {silent[0]!r} did not run in the forward; name one that does.")
-        return self.grams
+        return self.found
 
 
 @contextlib.contextmanager
-def _eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module is in the mode that it was in."""
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module is in the mode that it was in.
+
+    Args:
+        *models: the networks.
+    """
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()

@@ -1,4 +1,4 @@
-"""Pictures and tables of CKA: heat map, ranked minibatches (DPK, Fig. 5 and 9), curves over training (Fig. 7 and 8)."""
+"""Pictures and tables of CKA: heat map, ranked minibatches (DPK, Fig. 5, 9 and 10), curves over training (7 and 8)."""
 
 from __future__ import annotations
 
@@ -77,13 +77,14 @@ def rank_square(values: Tensor) -> Tensor:
     return square.masked_fill(square == float("-inf"), float("nan")).view(side, side)
 
 
-def draw_ranked(values: Tensor, out: str | Path, title: str = "") -> None:
-    """Draws the CKA of each minibatch between two layers, ranked (DPK, Fig. 5).
+def draw_ranked(values: Tensor, out: str | Path, title: str = "", quantity: str = "CKA") -> None:
+    """Draws the CKA or cosine of each minibatch between two layers, ranked (DPK, Fig. 5 and 10).
 
     Args:
         values: ``(k,)``, one value a minibatch.
         out: file that ends in .png, .svg or .pdf.
         title: above the picture; the mean is added.
+        quantity: label of the colours.
 
     Raises:
         ValueError: another suffix.
@@ -91,7 +92,7 @@ def draw_ranked(values: Tensor, out: str | Path, title: str = "") -> None:
     figure = _figure(out, 4.4, 3.9)
     axes = figure.subplots()
     image = axes.imshow(rank_square(values.cpu()).numpy(), vmin=0, vmax=1, cmap="magma", interpolation="nearest")
-    figure.colorbar(image, label="CKA")
+    figure.colorbar(image, label=quantity)
     axes.set(xticks=[], yticks=[], xlabel=f"{len(values)} minibatches, ranked", title=title)
     axes.set_ylabel(f"mean {float(values.nanmean()):.3f}")
     _save(figure, out)

@@ -189,5 +189,7 @@ _entry = declare(
     backends=[
         Backend("cpp", native.entry("centred_gram"), "cpu", LOW, native.missing_cpu),
         Backend("triton", triton.launcher("centred_gram"), "cuda", LOW, triton.missing),
+        # Built and tested; stays out of `auto` until a GPU shows it faster than Triton.
+        Backend("cuda", native.entry("centred_gram"), "cuda", LOW, native.missing_cuda, default=False),
     ],
 )

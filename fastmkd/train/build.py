@@ -87,11 +87,12 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any]) -> Setup:
         found = find_teacher(recipe, train)
         teacher = build_model(found, model_kwargs(found, source), "teacher")
         if found.weights is not None:
-            digest = hashlib.sha256(Path(found.weights).read_bytes()).hexdigest()
-            own_identity = {**own_identity, "teacher.weights": digest[:16]}
+            own_identity["teacher.weights"] = _digest(found.weights)
     seed_all(recipe.seed, "student")
     kwargs = model_kwargs(recipe.student, source)
-    student = build_model(recipe.student, kwargs, "student", new_head=True)
+    student = build_model(recipe.student, kwargs, "student")
+    if recipe.student.backbone is not None:
+        own_identity["student.backbone"] = _digest(recipe.student.backbone)
     seed_all(recipe.seed, "method")
     method = build_method(recipe, student, teacher, source.image_size)
     description = {
@@ -107,6 +108,10 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any]) -> Setup:
         },
     }
     return Setup(recipe, source, student, teacher, method, own_identity, description)
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def build_method(

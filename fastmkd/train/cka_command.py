@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..metrics.comparison import Comparison, compare
+from ..metrics.cosine import compare_cosine
 from ..metrics.figures import draw_curves, draw_heat_map, draw_ranked, write_table
 from .augment import Finisher
 from .build import find_teacher, refuse_to_train, trained_student
@@ -143,7 +144,8 @@ def main(argv: Sequence[str]) -> int:
     """Compares a run's student with its teacher or with another run's student, on the test pictures.
 
     Writes ``cka.csv`` and a heat map, ``batches.csv`` and the ranked map of one layer pair (DPK, Fig. 5 and 9), and
-    with ``--training`` ``training.csv`` and curves of CKA and of the mask ratio 1 - CKA (Fig. 7 and 8).
+    with ``--cosine`` ``cosine.csv`` and the same map of cosines (Fig. 10), with ``--training`` ``training.csv`` and
+    curves of CKA and of the mask ratio 1 - CKA (Fig. 7 and 8).
 
     Args:
         argv: after the command's name.
@@ -156,6 +158,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--layers", type=list[str] | None, help="modules of the student, such as '[layer*.*]'")
     parser.add_argument("--other_layers", type=list[str] | None, help="modules of the other; left out: the same")
     parser.add_argument("--pair", type=tuple[str, str] | None, help="layers of the ranked map; left out: the last ones")
+    parser.add_argument("--cosine", type=bool, default=False, help="also the ranked map of cosines of that pair")
     parser.add_argument("--training", type=bool, default=False, help="also curves over the run's checkpoints")
     parser.add_argument("--batch_size", type=int, default=32, help="images a minibatch")
     parser.add_argument("--limit", type=int | None, help="test pictures to use; left out: all")
@@ -185,8 +188,13 @@ def main(argv: Sequence[str]) -> int:
     out = Path(arguments.out) if arguments.out else run.path / "cka"
     out.mkdir(parents=True, exist_ok=True)
     if run.result() is not None:
-        found = compare(open_student(run).to(device), other, batches, layers)
-        _write_comparison(found, out, arguments.format, labels, arguments.pair)
+        student = open_student(run).to(device)
+        found = compare(student, other, batches, layers)
+        pair = _pair(found, arguments.pair)
+        _write_comparison(found, out, arguments.format, labels, pair)
+        if arguments.cosine:
+            cosines = compare_cosine(student, other, batches, pair)
+            _write_ranked(cosines, out, "cosine", arguments.format, pair, "cosine")
     elif not arguments.training:
         raise UserError(f"the run in {run.path} has not finished; --training=true draws what its checkpoints give.")
     if arguments.training:
@@ -196,18 +204,27 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _write_comparison(found: Comparison, out: Path, kind: str, labels: tuple[str, str], pair: Any) -> None:
-    names_a, names_b = found.names_a, found.names_b
-    a, b = pair or (names_a[-1], names_b[-1])
-    for name, known in ((a, names_a), (b, names_b)):
+def _pair(found: Comparison, asked: tuple[str, str] | None) -> tuple[str, str]:
+    pair = asked or (found.names_a[-1], found.names_b[-1])
+    for name, known in zip(pair, (found.names_a, found.names_b), strict=True):
         if name not in known:
             raise UserError(f"--pair names {name!r}, which is not among the compared layers {', '.join(known)}.")
+    return pair
+
+
+def _write_comparison(found: Comparison, out: Path, kind: str, labels: tuple[str, str], pair: tuple[str, str]) -> None:
+    names_a, names_b = found.names_a, found.names_b
     rows = [[name, *values] for name, values in zip(names_a, found.cka.tolist(), strict=True)]
     write_table(["layer", *names_b], rows, out / "cka.csv")
     draw_heat_map(found.cka, names_a, names_b, out / f"cka.{kind}", "CKA", labels)
-    values = found.per_batch[:, names_a.index(a), names_b.index(b)]
-    write_table(["batch", f"{a} - {b}"], list(enumerate(values.tolist())), out / "batches.csv")
-    draw_ranked(values, out / f"batches.{kind}", f"{a} - {b}")
+    values = found.per_batch[:, names_a.index(pair[0]), names_b.index(pair[1])]
+    _write_ranked(values, out, "batches", kind, pair, "CKA")
+
+
+def _write_ranked(values: Tensor, out: Path, name: str, kind: str, pair: tuple[str, str], quantity: str) -> None:
+    label = " - ".join(pair)
+    write_table(["batch", label], list(enumerate(values.tolist())), out / f"{name}.csv")
+    draw_ranked(values, out / f"{name}.{kind}", label, quantity)
 
 
 def _write_curves(steps: list[int], values: dict[str, list[float]], out: Path, kind: str) -> None:

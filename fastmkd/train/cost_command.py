@@ -149,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def report(models: dict[str, nn.Module], shares: Sequence[float], pictures: int, epochs: int) -> None:
-    """Prints the table.
+    """Prints a table a network.
 
     Args:
         models: by the name to print.
@@ -163,21 +163,18 @@ def report(models: dict[str, nn.Module], shares: Sequence[float], pictures: int,
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title="Multiply-adds per image, in millions",
-        caption=f"Paper's count: {pictures:,} pictures x {epochs} epochs, embed all, then gather, layer norms.",
-    )
-    for column in ("network", "patches kept", "embed all, then gather", "fastmkd", "share of full", "merging r", "paper's count"):
-        table.add_column(column, justify="left" if column == "network" else "right")
+    console = Console()
     for role, model in models.items():
         try:
             found = list(costs(model, shares, pictures, epochs))
             patches = math.prod(MaskedViT(model).patch_grid())
         except TypeError as error:
             raise UserError(f"cost counts ViTs only: {error}") from None
+        table = Table(title=f"{role}: multiply-adds per image, in millions")
+        for column in ("kept", "public code", "fastmkd", "of full", "merging r", "paper's count"):
+            table.add_column(column, justify="right")
         for cost in found:
             table.add_row(
-                role,
                 f"{cost.keep} of {patches}",
                 f"{cost.public / 1e6:.1f}",
                 f"{cost.ours / 1e6:.1f}",
@@ -185,8 +182,11 @@ def report(models: dict[str, nn.Module], shares: Sequence[float], pictures: int,
                 "-" if cost.merging is None else f"{cost.merging[0]}: {cost.merging[1] / 1e6:.1f}",
                 _engineering(cost.run),
             )
-        table.add_section()
-    Console().print(table)
+        console.print(table)
+    console.print(
+        "Public code: embed all, then gather. Paper's count: that and layer norms, "
+        f"{pictures:,} pictures x {epochs} epochs."
+    )
 
 
 def _engineering(operations: float) -> str:

@@ -1,7 +1,8 @@
-"""Networks by timm's name, and weights from files that cannot run code."""
+"""Networks by name, timm's or those of `fastmkd.nn.cifar`, and weights from files that cannot run code."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.linear_probe import all_but_classifier
+from ..methods.views import classifier_of
+from ..nn import cifar
 from .data import DataSource
 from .errors import UserError, shorten
 from .schema import ModelRecipe, TeacherRecipe
 
 __all__ = ["build_model", "load_weights", "model_kwargs", "read_state_dict"]
 
+# A recipe's name cifar.vgg13 is CRD's network for 32 x 32 pixels; vgg13 is timm's.
+CIFAR = {f"cifar.{name}": getattr(cifar, name) for name in cifar.__all__ if name.islower()}
+
 
 def model_kwargs(recipe: ModelRecipe | TeacherRecipe, source: DataSource) -> dict[str, Any]:
-    """Returns the arguments for timm: those of the recipe, and what the data decides where the recipe is silent.
+    """Returns the arguments that make a network: the recipe's, and what the data decides where the recipe is silent.
 
     Args:
         recipe: which network.
         source: the data it will see.
+
+    Raises:
+        UserError: a network of `fastmkd.nn.cifar` on pictures that are not of three channels.
     """
     from timm.models import get_pretrained_cfg
 
+    if recipe.name in CIFAR:
+        if source.channels != 3:
+            raise UserError(f"{recipe.name} takes colour pictures, and these have {source.channels} channel(s).")
+        return {"num_classes": source.num_classes, **recipe.kwargs}
     kwargs: dict[str, Any] = {"num_classes": source.num_classes, "in_chans": source.channels}
     config = get_pretrained_cfg(recipe.name or "")
     if config is not None and config.fixed_input_size and config.input_size[-1] != source.image_size:
@@ -33,38 +45,46 @@ def model_kwargs(recipe: ModelRecipe | TeacherRecipe, source: DataSource) -> dic
     return {**kwargs, **recipe.kwargs}
 
 
-def build_model(
-    recipe: ModelRecipe | TeacherRecipe, kwargs: dict[str, Any], role: str, *, new_head: bool = False
-) -> nn.Module:
+def build_model(recipe: ModelRecipe | TeacherRecipe, kwargs: dict[str, Any], role: str) -> nn.Module:
     """Makes a network and loads its weights, if the recipe names any.
 
     Args:
         recipe: which network.
-        kwargs: arguments for timm, see `model_kwargs`.
+        kwargs: arguments of the network, see `model_kwargs`.
         role: "student" or "teacher", for messages.
-        new_head: see `load_weights`.
 
     Raises:
-        UserError: timm does not know the name, refuses an argument, or the weights do not fit.
+        UserError: the name is not known, an argument is refused, or the weights do not fit.
 
     Example:
         >>> small = {"embed_dim": 12, "depth": 1, "num_heads": 3, "num_classes": 2}
         >>> build_model(ModelRecipe(), small, "student").num_classes
         2
+        >>> build_model(ModelRecipe("cifar.vgg8"), {"num_classes": 2}, "student").num_classes
+        2
     """
     import timm
 
-    if not isinstance(recipe.name, str) or not timm.is_model(recipe.name):
-        near = timm.list_models(f"{str(recipe.name).partition('_')[0]}*")[:5]
+    if recipe.name in CIFAR:
+        if recipe.pretrained:
+            raise UserError(f"{role}.pretrained is true, but {recipe.name} has no weights to download; train it first.")
+        make: Any = CIFAR[recipe.name]
+    elif isinstance(recipe.name, str) and timm.is_model(recipe.name):
+        make = functools.partial(timm.create_model, recipe.name, pretrained=recipe.pretrained)
+    else:
+        own = [name for name in CIFAR if str(recipe.name).startswith("cifar")]
+        near = own or timm.list_models(f"{str(recipe.name).partition('_')[0]}*")[:5]
         hint = f" Near it are {', '.join(near)}." if near else ""
         raise UserError(f"{role}.name is {recipe.name!r}, which timm does not know.{hint}")
     try:
-        model = timm.create_model(recipe.name, pretrained=recipe.pretrained, **kwargs)
+        model: nn.Module = make(**kwargs)
     except (TypeError, ValueError, AssertionError) as error:
         reason = str(error) or type(error).__name__
-        raise UserError(f"timm cannot make the {role} {recipe.name} with {kwargs}: {reason}.") from None
+        raise UserError(f"cannot make the {role} {recipe.name} with {kwargs}: {reason}.") from None
     if recipe.weights is not None:
-        load_weights(model, recipe.weights, role, new_head=new_head)
+        load_weights(model, recipe.weights, role)
+    elif isinstance(recipe, ModelRecipe) and recipe.backbone is not None:
+        load_weights(model, recipe.backbone, role, classifier=False)
     return model
 
 
@@ -106,26 +126,24 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(model: nn.Module, path: str | Path, role: str, *, new_head: bool = False) -> None:
+def load_weights(model: nn.Module, path: str | Path, role: str, classifier: bool = True) -> None:
     """Loads weights into a model; every key and shape must fit.
 
     Args:
         model: the network.
         path: see `read_state_dict`.
         role: "student" or "teacher", for messages.
-        new_head: a file without any weight of the classifier (of a backbone trained without labels) is taken too; the
-            classifier stays as it is.
+        classifier: False keeps the model's own classifier, whose keys the file may have, in whatever shape, or lack.
 
     Raises:
         UserError: keys or shapes differ (all are listed, up to a few of each kind), or the file cannot be read.
     """
     state, own = read_state_dict(path), model.state_dict()
+    if not classifier:
+        last = {id(p) for layer in classifier_of(model) for p in layer.parameters()}
+        state |= {name: own[name] for name, p in model.named_parameters() if id(p) in last}
     problems = []
     missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
-    if new_head:
-        classifier = {name for name, _ in model.named_parameters()}.difference(all_but_classifier(model))
-        if classifier <= set(missing):
-            missing = [k for k in missing if k not in classifier]
     shapes = [
         f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
         for key in own
@@ -136,7 +154,7 @@ def load_weights(model: nn.Module, path: str | Path, role: str, *, new_head: boo
             problems.append(f"{len(keys)} {title}: {shorten(keys)}")
     if problems:
         raise UserError(f"the weights {path} do not fit the {role}. Keys {'; '.join(problems)}.")
-    model.load_state_dict(state, strict=not new_head)
+    model.load_state_dict(state)
 
 
 def method_arguments(kind: type, student: nn.Module, teacher: nn.Module | None) -> dict[str, nn.Module | None]:

@@ -169,6 +169,8 @@ def _check(recipe: Recipe) -> None:
         raise UserError(f"data.batch_size is {recipe.data.batch_size}; mixup and cutmix pair images: make it even.")
     if not recipe.name or recipe.name in (".", "..") or "/" in recipe.name:
         raise UserError(f"name is {recipe.name!r}; expected a word that can name a folder.")
+    if recipe.student.weights is not None and recipe.student.backbone is not None:
+        raise UserError("student has weights and backbone; give one of them, backbone to make the classifier anew.")
     teacher = recipe.teacher
     if teacher is not None and teacher.recipe is None and teacher.name is None:
         raise UserError("teacher has neither recipe nor name; give teacher.recipe (YAML) or teacher.name (timm).")

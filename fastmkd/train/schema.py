@@ -60,19 +60,21 @@ class DataRecipe:
 
 @dataclass
 class ModelRecipe:
-    """A network from timm.
+    """A network from timm or `fastmkd.nn.cifar`.
 
     Attributes:
-        name: timm's name of the network.
+        name: timm's name of the network, or a name such as cifar.wrn_16_2.
         kwargs: for timm.create_model, for example patch_size or depth; what the data decides (num_classes, in_chans and
             img_size) is filled in unless given.
-        weights: .safetensors or .pth file to start from; if it is of a backbone alone, the classifier starts anew.
+        weights: .safetensors or .pth file to start from.
+        backbone: the same without its classifier, which is made anew for the classes of the data.
         pretrained: let timm download its pretrained weights.
     """
 
     name: str = "vit_tiny_patch16_224"
     kwargs: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    backbone: str | None = None
     pretrained: bool = False
 
 
@@ -83,7 +85,7 @@ class TeacherRecipe:
     Attributes:
         recipe: YAML file, relative to this one, whose finished run gives the teacher; it is trained first if needed.
         options: changes to that recipe, by dotted key, for example {schedule.epochs: 1}.
-        name: timm's name of the network; not needed with recipe.
+        name: as the student's; not needed with recipe.
         kwargs: as for the student.
         weights: .safetensors or .pth file of the trained teacher.
         pretrained: let timm download its pretrained weights.

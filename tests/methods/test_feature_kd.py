@@ -140,7 +140,7 @@ def context_by_hand(x: Tensor, y: Tensor) -> Tensor:
     return total / 1.875
 
 
-@pytest.mark.parametrize("base", ["fitnet", "at", "reviewkd"])
+@pytest.mark.parametrize("base", ["fitnet", "at", "reviewkd", "crd-batch"])
 def test_vit_and_cnn(base):
     method = make(tiny(0, img_size=24), base=base, layers={"blocks.1": "last"})
     out = method(pictures(), TARGETS)

@@ -23,6 +23,7 @@
 #define __device__
 #define __shared__ static  // blocks run one at a time, and a stale value of the block before is what a device has too
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define FASTMKD_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(cuda_shim::dynamic_shared())
 
 struct ShimIndex {
@@ -199,4 +200,9 @@ inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }

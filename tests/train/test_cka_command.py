@@ -35,8 +35,15 @@ def test_student_against_teacher_with_curves(recipes: Path, capsys: pytest.Captu
     end = table("runs/student/cka/cka.csv")[2][1]
     assert float(rows[-1][1]) == pytest.approx(float(end), abs=1e-6), "the last checkpoint is the trained student"
 
-    assert main(["cka", "runs/student", "runs/teacher", "--format=svg", "--limit=64", "--out", "two"]) == 0
-    assert sorted(path.name for path in Path("two").iterdir()) == ["batches.csv", "batches.svg", "cka.csv", "cka.svg"]
+    options = ["--format=svg", "--limit=64", "--out", "two"]
+    assert main(["cka", "runs/student", "runs/teacher", *options, "--cosine=true"]) == 0
+    written = [f"{name}.{kind}" for name in ("batches", "cka", "cosine") for kind in ("csv", "svg")]
+    assert sorted(path.name for path in Path("two").iterdir()) == written
+    header, *rows = table("two/cosine.csv")
+    assert header == ["batch", "blocks.1 - blocks.0"]
+    assert len(rows) == 2
+    assert main(["cka", "runs/student", "runs/student", *options, "--cosine=true"]) == 0
+    assert [float(value) for _, value in table("two/cosine.csv")[1:]] == pytest.approx([1.0, 1.0]), "itself"
     assert main(["cka", "runs/student", "--limit=64", "--pair=[blocks.7,blocks.0]"]) == 2
     assert "'blocks.7', which is not among" in capsys.readouterr().err
 

@@ -24,6 +24,10 @@ class CifarNet(nn.Module):
         self.global_pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(num_features, num_classes)
 
+    def get_classifier(self) -> nn.Module:
+        """Returns the last layer."""
+        return self.fc
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Returns the last map, ``(B, C, h, w)``.
 
