@@ -3,8 +3,8 @@
     python -m fastmkd.bench.evidence recipes/evidence/NAME    trains what has no record yet, then writes the page
     python -m fastmkd.bench.evidence                          only writes the page
 
-A study is a folder with a ``study.yaml`` (see `Study`) and the recipes that it names. It can be stopped at any time: a run
-with a record is not trained again, and an unfinished one goes on from its checkpoint. Records go to
+A study is a folder with a ``study.yaml`` (see `Study`) and the recipes that it names. It can be stopped at any time: a
+run with a record is not trained again, and an unfinished one goes on from its checkpoint. Records go to
 ``bench/results/evidence/NAME.jsonl``; each holds the whole recipe, the scores and the curve of the training.
 """
 
@@ -55,7 +55,7 @@ class Study:
         seeds: of the runs of every setting.
         settings: changes to the recipe by dotted key, by the name of the setting.
         against: the setting from which the table takes differences.
-        asked: what the study should show: ``{setting, over, least}``, the first at least so many points above the second.
+        asked: what the study should show: ``{setting, over, least}``, the one at least so many points over the other.
         teacher: file of the recipe of the teacher, if the settings share one; it is trained once and recorded too.
     """
 
@@ -143,7 +143,7 @@ def run(study: Study, records: Path, root: Path) -> None:
 
 
 @torch.no_grad()
-def teacher_top1(recipe: Recipe, weights: str, images: int = 2000) -> float | None:
+def teacher_top1(recipe: Recipe, weights: str, images: int = 1000) -> float | None:
     """Top-1 of the teacher on what a trained student's MaskedKD shows it of test pictures, in percent.
 
     Args:
@@ -243,7 +243,8 @@ def caption(study: Study, records: Sequence[Record]) -> str:
     }
     wanted = len(study.seeds) * len(study.settings) + (study.teacher is not None)
     count = f"{len(records)} runs" if len(records) == wanted else f"{len(records)} of {wanted} runs, **not finished**"
-    return f"`python -m fastmkd.bench.evidence recipes/evidence/{study.folder.name}`: {count}; {'; '.join(sorted(made))}."
+    command = f"`python -m fastmkd.bench.evidence recipes/evidence/{study.folder.name}`"
+    return f"{command}: {count}; {'; '.join(sorted(made))}."
 
 
 def paired(top1: dict[str, dict[int, float]], setting: str, over: str) -> list[float]:
@@ -283,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("study", type=Path, nargs="?", help="folder of a study to train")
     parser.add_argument("--results", type=Path, default=results_folder() / "evidence")
     parser.add_argument("--studies", type=Path, default=REPOSITORY / "recipes" / "evidence")
-    parser.add_argument("--runs", type=Path, default=Path("runs") / "evidence", help="folder for weights and checkpoints")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "evidence", help="folder for weights")
     parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "evidence.md")
     parser.add_argument("--check", action="store_true", help="write nothing; say whether the page is up to date")
     arguments = parser.parse_args(argv)

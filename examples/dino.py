@@ -2,6 +2,8 @@
 
     python examples/dino.py
     python examples/dino.py --data digits --images 1000 --steps 50
+
+Fashion-MNIST comes from Debian's package dataset-fashion-mnist, or from files in the folder data.
 """
 
 from __future__ import annotations
@@ -51,15 +53,11 @@ def main() -> None:
     torch.manual_seed(0)
     parts = load(args.data, args.images)
     kwargs = {"img_size": 28, "patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4, "weight_init": "jax"}
-    student = timm.create_model(
-        "vit_tiny_patch16_224", in_chans=1, num_classes=0, dynamic_img_size=True, **kwargs
-    )
+    student = timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=0, dynamic_img_size=True, **kwargs)
     print(f"untrained: k-NN accuracy {knn_accuracy(student, parts):.3f}", flush=True)
 
     head = {"out_features": 1024, "hidden": 256, "bottleneck": 64}
-    method = MaskedDINO(
-        student, args.keep_ratio, **head, local_crops=4, momentum=0.99, total_updates=args.steps
-    )
+    method = MaskedDINO(student, args.keep_ratio, **head, local_crops=4, momentum=0.99, total_updates=args.steps)
     optimizer = torch.optim.AdamW(method.parameters(), weight_decay=0.04)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=args.steps)
     method.train()

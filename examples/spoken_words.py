@@ -1,4 +1,4 @@
-"""MaskedKD on sound: spoken digits as spectrograms, an AST teacher that sees half of the patches, a smaller AST student.
+"""MaskedKD on sound: spectrograms of spoken digits, an AST teacher that sees half of the patches, a smaller student.
 
 The words are spoken by espeak-ng (Debian: apt-get install espeak-ng); the voices of the test are not those of the
 training. --tones needs no espeak-ng: a word is then a sequence of three tones.
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import fastmkd
 from fastmkd.nn.spectrogram import SpectrogramTransformer
 
-WORDS = "zero one two three four five six seven eight nine".split()
-ACCENTS = "en-us en-gb en-gb-scotland en-gb-x-rp en-029".split()
-TRAIN_VOICES, TEST_VOICES = "m1 m2 m3 m4 f1 f2 f3".split(), "m5 m7 f4 f5".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+ACCENTS = ["en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-029"]
+TRAIN_VOICES, TEST_VOICES = ["m1", "m2", "m3", "m4", "f1", "f2", "f3"], ["m5", "m7", "f4", "f5"]
 RATE, SAMPLES = 22050, 16384  # 0.74 s
 N_FFT, HOP, MEL_BINS = 512, 256, 32
 

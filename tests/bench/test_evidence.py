@@ -86,7 +86,13 @@ real = evidence.train
 
 
 def record(setting: str, seed: int, top1: float, **changes: Any) -> dict[str, Any]:
-    env = {"date": "2026-01-01T00:00:00", "commit": "abcdef0123456", "dirty": False, "torch": "2.12.0", "device": "A CPU"}
+    env = {
+        "date": "2026-01-01T00:00:00",
+        "commit": "abcdef0123456",
+        "dirty": False,
+        "torch": "2.12.0",
+        "device": "A CPU",
+    }
     return {"setting": setting, "seed": seed, "top1": top1, "teacher_top1": None, "env": env, **changes}
 
 
