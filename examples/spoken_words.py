@@ -39,7 +39,7 @@ def speak(word: str, voice: str) -> Tensor:
 
 def tones(word: str, voice: str) -> Tensor:
     """Returns the stand-in for a word: three tones of its own, in the key of the voice."""
-    steps = torch.tensor([WORDS.index(word) * factor % 7 for factor in (1, 2, 3)])
+    steps = torch.tensor([WORDS.index(word) * factor % 11 for factor in (1, 2, 3)])
     pitch = (300 + 20 * random.random() + 7 * sum(map(ord, voice)) % 80) * 2 ** (steps / 4)
     return 0.3 * torch.sin(2 * torch.pi * (pitch.repeat_interleave(SAMPLES // 3 + 1)[:SAMPLES] / RATE).cumsum(0))
 
