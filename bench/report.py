@@ -12,7 +12,7 @@ import fnmatch
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .environment import REPOSITORY, results_folder
 from .progress import describe_variant
 from .targets import TARGETS
 
-__all__ = ["latest", "load", "main", "render"]
+__all__ = ["fill_markers", "latest", "load", "main", "render"]
 
 Record = dict[str, Any]
 _MARKED = re.compile(r"(<!-- begin: (?P<pattern>\S+) -->\n).*?(<!-- end: (?P=pattern) -->)", re.DOTALL)
@@ -92,10 +92,19 @@ def render(page: str, records: list[Record]) -> str:
                 f"benchmark {name!r} has records but no place on the page; add <!-- begin: {name} --> and its end."
             )
 
+    return fill_markers(page, lambda name: _targets(records) if name == "targets" else _section(records, name))
+
+
+def fill_markers(page: str, body: Callable[[str], str]) -> str:
+    """Returns the page with what stands between its markers made anew.
+
+    Args:
+        page: Markdown with markers.
+        body: from the name in a pair of markers to what belongs between them, "" where there is no record.
+    """
+
     def fill(found: re.Match[str]) -> str:
-        pattern = found["pattern"]
-        body = _targets(records) if pattern == "targets" else _section(records, pattern)
-        return f"{found[1]}\n{body or 'No record yet.'}\n\n{found[3]}"
+        return f"{found[1]}\n{body(found['pattern']) or 'No record yet.'}\n\n{found[3]}"
 
     return _MARKED.sub(fill, page)
 
