@@ -36,8 +36,8 @@ def compare_cosine(model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any]
 
     Example:
         >>> net = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
-        >>> compare_cosine(net, net, [torch.randn(16, 6)] * 2, ("0", "0"))
-        tensor([1.0000, 1.0000], dtype=torch.float64)
+        >>> compare_cosine(net, net, [torch.randn(16, 6)] * 2, ("0", "0")).round(decimals=9)
+        tensor([1., 1.], dtype=torch.float64)
     """
     sides = []
     for model, name, role in zip((model_a, model_b), pair, ("model_a", "model_b"), strict=True):
