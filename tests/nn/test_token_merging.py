@@ -190,6 +190,23 @@ def test_copies_weights_and_autocast():
     assert vit.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
 
 
+def test_it_compiles_in_one_graph():
+    vit = MergedViT(tiny(depth=2), 4)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(vit, backend="eager", fullgraph=True)(pictures()), vit(pictures()))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_the_same_and_repeatable():
+    vit, images = MergedViT(tiny(), 5), pictures()
+    expected = vit(images)
+    vit, images = vit.cuda(), images.cuda()
+    torch.testing.assert_close(vit(images).cpu(), expected, rtol=1e-8, atol=1e-8)
+    for dtype in (torch.float32, torch.bfloat16):
+        vit, images = vit.to(dtype), images.to(dtype)
+        assert torch.equal(vit(images), vit(images))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
