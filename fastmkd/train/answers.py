@@ -145,7 +145,10 @@ def figure_of_answers(answers: Answers, classes: Sequence[str], title: str = "")
                 cell.tick_params(labelbottom=False)
     for cell, heading in zip(axes[0], [panel.title for panel in panels] + names, strict=True):
         cell.set_title(heading, fontsize=9)
-    legend = [Patch(facecolor=RIGHT, label="the picture's class"), Patch(facecolor=WRONG, hatch="///", label="another")]
+    legend = [
+        Patch(facecolor=RIGHT, label="the picture's class"),
+        Patch(facecolor=WRONG, hatch="///", edgecolor="white", label="another"),
+    ]
     figure.legend(handles=legend, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=12, fontweight="bold")
     return figure
