@@ -146,10 +146,12 @@ def report(models: dict[str, nn.Module], shares: Sequence[float], pictures: int,
 
     table = Table(
         title="Multiply-adds per image, in millions",
-        caption=f"Paper's count: {pictures:,} pictures x {epochs} epochs, embed all, then gather, layer norms.",
+        caption="Public code: embed all, gather, whole blocks. Share: of it on all patches.\n"
+        f"Paper: public code and layer norms in FLOPs, {pictures:,} pictures x {epochs} epochs.",
     )
-    for column in ("network", "patches kept", "embed all, then gather", "fastmkd", "share of full", "paper's count"):
-        table.add_column(column, justify="left" if column == "network" else "right")
+    table.add_column("network", overflow="fold")
+    for column in ("kept", "public code", "fastmkd", "share", "paper"):
+        table.add_column(column, justify="right", no_wrap=True)
     for role, model in models.items():
         try:
             found = list(costs(model, shares, pictures, epochs))
@@ -170,9 +172,9 @@ def report(models: dict[str, nn.Module], shares: Sequence[float], pictures: int,
 
 
 def _engineering(operations: float) -> str:
-    """Four digits and a prefix: 866.9 PFLOPs."""
+    """A number below 1000 and a prefix: 866.9 P."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if operations < 1000 or prefix == "P":
             break
         operations /= 1000
-    return f"{operations:.1f} {prefix}FLOPs"
+    return f"{operations:.1f} {prefix}".rstrip()
