@@ -44,6 +44,13 @@ def test_train_then_export_eval_show_cost(recipes, capsys):
     said = capsys.readouterr().out
     assert "teacher" in said
     assert "8 of 16" in said
+    assert main(["cost", "student.yaml", "--method.init_args.keep_ratio=0.3"]) == 0
+    assert "5 of 16" in capsys.readouterr().out  # the recipe's own share
+    assert (
+        main(["cost", "deit_small_patch16_224", "--image_size=384", "--keep", "0.5", "--pictures=1000", "--epochs=1"])
+        == 0
+    )
+    assert "7.1 T" in capsys.readouterr().out
 
 
 def test_onnx_export_computes_what_the_model_does(recipes):
@@ -80,6 +87,9 @@ def test_onnx_export_names_the_packages_it_lacks(recipes, capsys, monkeypatch):
         (["export", "runs", "--out", "x.safetensors"], "no recipe.json"),
         (["show", "teacher.yaml"], "has no finished run"),
         (["cost", "resnet18"], "counts ViTs only"),
+        (["cost", "deit_tiny_patch16_224", "--keep=2"], "--keep has 2.0"),
+        (["cost", "deit_tiny_patch16_224", "--epochs=0"], "--epochs is 0"),
+        (["cost", "deit_tiny_patch16_224", "--optim.lr=1"], "--optim.lr=1 is an option of a recipe"),
         (["env", "now"], "no arguments"),
     ],
 )
