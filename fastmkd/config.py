@@ -81,7 +81,8 @@ def _ops() -> list[str]:
     reasons: dict[str, list[str]] = {}
     for op in OPS.values():
         usable = [b.name for b in op.backends.values() if b.reason() is None]
-        first = choice.candidates(op, device, torch.float32)[0].name
+        takes = op.backends["eager"].dtypes
+        first = choice.candidates(op, device, torch.float32 if torch.float32 in takes else takes[0])[0].name
         lines.append(f"{op.name:<{width}}{first:<12}{' '.join(usable):<24}{_on_record(op)}")
         for backend in op.backends.values():
             reason = backend.reason()
