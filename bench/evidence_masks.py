@@ -2,8 +2,8 @@
 
     python -m fastmkd.bench.evidence_masks RUN [RUN ...] > bench/results/evidence/teacher_under_masks.txt
 
-Each RUN is the folder of a finished run; the first one's network is the teacher, the saliency of all is looked at. Of the
-patches that one way ranks, the best k are shown, then the worst k. Test pictures, the first thousand.
+Each RUN is the folder of a finished run; the first one's network is the teacher, the saliency of all is looked at. Of
+the patches that one way ranks, the best k are shown, then the worst k. Test pictures, the first thousand.
 """
 
 from __future__ import annotations
