@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import re
 import statistics
@@ -31,7 +32,7 @@ from fastmkd.train.errors import UserError
 from fastmkd.train.interrupt import RunInterrupted
 from fastmkd.train.loading import Loader, eval_plan
 from fastmkd.train.models import load_weights
-from fastmkd.train.recipe import differences, identity, load_recipe
+from fastmkd.train.recipe import differences, identity, load_recipe, with_defaults
 from fastmkd.train.rundir import RunDir
 from fastmkd.train.schema import Recipe
 from fastmkd.train.seeds import seed_all
@@ -106,6 +107,16 @@ class Study:
         return runs
 
 
+def changes(record: dict[str, Any], recipe: Recipe) -> str:
+    """Says what a recipe has otherwise than the one a record was made with, or '' if nothing.
+
+    Args:
+        record: of a run.
+        recipe: as it is now.
+    """
+    return differences(with_defaults(record["recipe"], dataclasses.asdict(recipe)), identity(recipe))
+
+
 def run(study: Study, records: Path, root: Path) -> None:
     """Trains every run of a study that has no record yet and writes its record.
 
@@ -120,7 +131,7 @@ def run(study: Study, records: Path, root: Path) -> None:
     known = {(record["setting"], record["seed"]): record for record in load(records)}
     for setting, recipe in study.runs(root):
         if (record := known.get((setting, recipe.seed))) is not None:
-            if changed := differences(record["recipe"], identity(recipe)):
+            if changed := changes(record, recipe):
                 raise UserError(
                     f"{records} has a record of {setting!r}, seed {recipe.seed}, from another recipe: {changed}. "
                     "Remove that line and the run's folder to train it again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import re
@@ -213,6 +214,29 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     # Through JSON, so that an identity read back from a run's folder compares equal (a torch.dtype becomes its name).
     flat = json.loads(json.dumps(flatten(dataclasses.asdict(recipe)), default=str))
     return {key: value for key, value in flat.items() if key == "run.precision" or not key.startswith(NOT_IDENTITY)}
+
+
+def with_defaults(old: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """Adds to an identity the keys that came into being after it, with their defaults.
+
+    Args:
+        old: an identity from a file.
+        plain: its recipe, or another with the same method, as `recipe_from_dict` takes it.
+
+    Example:
+        >>> with_defaults({"optim.lr": 0.1}, {"seed": 5})["seed"]
+        0
+    """
+    values = copy.deepcopy(plain)
+    for key in identity(recipe_from_dict(plain)).keys() - old.keys():
+        *groups, last = key.split(".")
+        group = values
+        for name in groups:
+            group = group.get(name) or {}
+        group.pop(last, None)
+    today = identity(recipe_from_dict(values))
+    known = {key: value for key, value in old.items() if value != {} or key in today}  # a group may have got its keys
+    return {**today, **known}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:

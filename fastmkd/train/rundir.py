@@ -14,8 +14,7 @@ from typing import IO, Any
 
 from .checkpoint import atomic_write
 from .errors import UserError
-from .recipe import differences, recipe_from_dict
-from .recipe import identity as recipe_identity
+from .recipe import differences, with_defaults
 
 __all__ = ["RunDir"]
 
@@ -85,12 +84,7 @@ class RunDir:
             content = json.dumps({"identity": identity, **description}, indent=1, default=str)
             atomic_write(self.path / "recipe.json", lambda part: part.write_text(content))
             return
-        known = stored["identity"]
-        younger = identity.keys() - known.keys()
-        if younger:  # keys that came into being after the run had their defaults
-            then = recipe_identity(recipe_from_dict(stored["recipe"]))
-            known = {**known, **{key: then[key] for key in younger & then.keys()}}
-        changed = differences(known, identity)
+        changed = differences(with_defaults(stored["identity"], stored["recipe"]), identity)
         if changed:
             raise UserError(
                 f"{self.path} belongs to a run of another recipe: {changed}. "

@@ -12,7 +12,6 @@ from fastmkd.bench import evidence
 from fastmkd.bench.environment import REPOSITORY
 from fastmkd.bench.evidence import Study, load, main, render
 from fastmkd.train.errors import UserError
-from fastmkd.train.recipe import differences, identity
 
 STUDIES, RESULTS = REPOSITORY / "recipes" / "evidence", REPOSITORY / "bench" / "results" / "evidence"
 
@@ -140,4 +139,4 @@ def test_committed_records_come_from_the_committed_recipes(folder: Path, tmp_pat
     runs = study.runs(tmp_path)
     assert known.keys() == {(setting, recipe.seed) for setting, recipe in runs}
     for setting, recipe in runs:
-        assert not differences(known[setting, recipe.seed]["recipe"], identity(recipe))
+        assert not evidence.changes(known[setting, recipe.seed], recipe)

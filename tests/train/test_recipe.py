@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastmkd.train.errors import UserError, shorten
-from fastmkd.train.recipe import differences, identity, load_recipe, recipe_from_dict
+from fastmkd.train.recipe import differences, identity, load_recipe, recipe_from_dict, with_defaults
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,6 +106,23 @@ def test_identity_ignores_where_and_how_but_not_what():
     assert "optim.lr is 0.001 there and 0.5 here" in differences(
         base, identity(load_recipe(options=["--optim.lr=0.5"]))
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], ""),
+        (["--method.linear_probe=true"], "method.init_args.linear_probe is False there and True here"),
+        (["--student.backbone=x"], "student.backbone is None there and 'x' here"),
+    ],
+)
+def test_a_run_older_than_a_key_had_its_default(options, said):
+    old = identity(load_recipe(options=["--method=Supervised"]))
+    for key in ("method.init_args.linear_probe", "student.backbone"):
+        del old[key]
+    old["method.init_args"] = {}  # as a group without keys is kept
+    now = load_recipe(options=["--method=Supervised", *options])
+    assert differences(with_defaults(old, dataclasses.asdict(now)), identity(now)) == said
 
 
 def test_recipe_survives_json():
