@@ -136,8 +136,6 @@ def test_committed_page_is_made_from_the_committed_records() -> None:
 @pytest.mark.parametrize("folder", sorted(STUDIES.iterdir()), ids=lambda folder: folder.name)
 def test_committed_records_come_from_the_committed_recipes(folder: Path, tmp_path: Path) -> None:
     study = Study.read(folder)
-    known = {(found["setting"], found["seed"]): found for found in load(RESULTS / f"{folder.name}.jsonl")}
-    runs = study.runs(tmp_path)
-    assert known.keys() == {(setting, recipe.seed) for setting, recipe in runs}
-    for setting, recipe in runs:
-        assert not differences(known[setting, recipe.seed]["recipe"], identity(recipe))
+    recipes = {(setting, recipe.seed): recipe for setting, recipe in study.runs(tmp_path)}
+    for found in load(RESULTS / f"{folder.name}.jsonl"):  # maybe not of all runs yet; the page says so
+        assert not differences(found["recipe"], identity(recipes[found["setting"], found["seed"]]))
