@@ -229,7 +229,7 @@ def tables(study: Study, records: Sequence[Record]) -> str:
         seeds = [f"{scores[seed]:.2f}" if seed in scores and setting != TEACHER else "" for seed in study.seeds]
         gaps = [] if setting == study.against else paired(top1, setting, study.against)
         against = spread(gaps, signed=True) if gaps and setting != TEACHER else ""
-        shown = spread(teacher[setting]) if setting in teacher else ""
+        shown = spread(teacher[setting]) if setting in teacher and setting != TEACHER else ""
         parts[-1] += "\n" + line([setting, spread(list(scores.values())), *seeds, against, shown])
     return "\n\n".join(parts)
 
