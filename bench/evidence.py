@@ -215,7 +215,10 @@ def tables(study: Study, records: Sequence[Record]) -> str:
     for ask in study.asked:
         gaps = paired(top1, ask["setting"], ask["over"])
         if gaps:
-            shown = "shown" if statistics.mean(gaps) >= ask["least"] else "**not shown**"
+            margin = statistics.mean(gaps) - ask["least"]
+            shown = "shown" if margin >= 0 else "**not shown**"
+            if len(gaps) < 2 or abs(margin) < statistics.stdev(gaps) / len(gaps) ** 0.5:
+                shown += ", within the error"
             measured = spread(gaps, signed=True, error=True)
             sentence = f"{ask['setting']} over {ask['over']}: at least {ask['least']:+.1f}"
             parts[-1] += f"\n| {sentence} | {measured} | {shown} |"
