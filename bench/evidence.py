@@ -226,7 +226,10 @@ def tables(study: Study, records: Sequence[Record]) -> str:
     for ask in study.asked:
         gaps = paired(top1, ask["setting"], ask["over"])
         if gaps:
-            shown = "shown" if statistics.mean(gaps) >= ask["least"] else "**not shown**"
+            margin = statistics.mean(gaps) - ask["least"]
+            shown = "shown" if margin >= 0 else "**not shown**"
+            if len(gaps) < 2 or abs(margin) < statistics.stdev(gaps) / len(gaps) ** 0.5:
+                shown += ", within the error"
             measured = spread(gaps, signed=True, error=True)
             sentence = f"{ask['setting']} over {ask['over']}: at least {ask['least']:+.1f}"
             parts[-1] += f"\n| {sentence} | {measured} | {shown} |"
@@ -240,7 +243,7 @@ def tables(study: Study, records: Sequence[Record]) -> str:
         seeds = [f"{scores[seed]:.2f}" if seed in scores and setting != TEACHER else "" for seed in study.seeds]
         gaps = [] if setting == study.against else paired(top1, setting, study.against)
         against = spread(gaps, signed=True) if gaps and setting != TEACHER else ""
-        shown = spread(teacher[setting]) if setting in teacher else ""
+        shown = spread(teacher[setting]) if setting in teacher and setting != TEACHER else ""
         parts[-1] += "\n" + line([setting, spread(list(scores.values())), *seeds, against, shown])
     return "\n\n".join(parts)
 

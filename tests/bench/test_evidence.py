@@ -102,9 +102,11 @@ def test_tables_pair_seeds_and_say_what_is_not_shown(study: Study) -> None:
         rows.append(record("full", seed, base + 1 + 0.1 * seed, teacher_top1=90.0))
         rows.append(record("half, random", seed, base - 1, teacher_top1=70.0 + seed))
     study.asked.append({"setting": "half, random", "over": "full", "least": -0.2})
+    study.asked.append({"setting": "full", "over": "alone", "least": 1.34})
     text = evidence.tables(study, rows)
     assert "| full over alone: at least -100.0 | +1.35 ± 0.05 | shown |" in text
     assert "| half, random over full: at least -0.2 | -2.35 ± 0.05 | **not shown** |" in text
+    assert "| full over alone: at least +1.3 | +1.35 ± 0.05 | shown, within the error |" in text
     assert "| teacher | 90.00 |  |  |  |  |" in text
     assert "| alone | 82.00 ± 2.83 | 80.00 | 84.00 | -1.35 ± 0.07 |  |" in text
     assert "| full | 83.35 ± 2.90 | 81.30 | 85.40 |  | 90.00 ± 0.00 |" in text
@@ -135,8 +137,6 @@ def test_committed_page_is_made_from_the_committed_records() -> None:
 @pytest.mark.parametrize("folder", sorted(STUDIES.iterdir()), ids=lambda folder: folder.name)
 def test_committed_records_come_from_the_committed_recipes(folder: Path, tmp_path: Path) -> None:
     study = Study.read(folder)
-    known = {(found["setting"], found["seed"]): found for found in load(RESULTS / f"{folder.name}.jsonl")}
-    runs = study.runs(tmp_path)
-    assert known.keys() == {(setting, recipe.seed) for setting, recipe in runs}
-    for setting, recipe in runs:
-        assert not evidence.changes(known[setting, recipe.seed], recipe)
+    recipes = {(setting, recipe.seed): recipe for setting, recipe in study.runs(tmp_path)}
+    for found in load(RESULTS / f"{folder.name}.jsonl"):  # maybe not of all runs yet; the page says so
+        assert not evidence.changes(found, recipes[found["setting"], found["seed"]])
