@@ -114,7 +114,8 @@ def changes(record: dict[str, Any], recipe: Recipe) -> str:
         record: of a run.
         recipe: as it is now.
     """
-    return differences(with_defaults(record["recipe"], dataclasses.asdict(recipe)), identity(recipe))
+    new = identity(recipe)
+    return differences(with_defaults(record["recipe"], new, dataclasses.asdict(recipe)), new)
 
 
 def run(study: Study, records: Path, root: Path) -> None:

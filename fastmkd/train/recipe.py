@@ -216,27 +216,29 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key == "run.precision" or not key.startswith(NOT_IDENTITY)}
 
 
-def with_defaults(old: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(old: dict[str, Any], new: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     """Adds to an identity the keys that came into being after it, with their defaults.
 
     Args:
         old: an identity from a file.
-        plain: its recipe, or another with the same method, as `recipe_from_dict` takes it.
+        new: an identity with today's keys.
+        plain: the recipe of either, as `recipe_from_dict` takes it.
 
     Example:
-        >>> with_defaults({"optim.lr": 0.1}, {"seed": 5})["seed"]
-        0
+        >>> with_defaults({"optim.lr": 0.1}, {"optim.lr": 0.2, "seed": 5}, {"seed": 5})
+        {'optim.lr': 0.1, 'seed': 0}
     """
+    younger = new.keys() - old.keys()
     values = copy.deepcopy(plain)
-    for key in identity(recipe_from_dict(plain)).keys() - old.keys():
+    for key in younger:
         *groups, last = key.split(".")
         group = values
         for name in groups:
             group = group.get(name) or {}
         group.pop(last, None)
     today = identity(recipe_from_dict(values))
-    known = {key: value for key, value in old.items() if value != {} or key in today}  # a group may have got its keys
-    return {**today, **known}
+    known = {key: value for key, value in old.items() if value != {} or key in new}  # a group may have got its keys
+    return {**known, **{key: today[key] for key in sorted(younger & today.keys())}}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -84,7 +84,10 @@ class RunDir:
             content = json.dumps({"identity": identity, **description}, indent=1, default=str)
             atomic_write(self.path / "recipe.json", lambda part: part.write_text(content))
             return
-        changed = differences(with_defaults(stored["identity"], stored["recipe"]), identity)
+        known = stored["identity"]
+        if identity.keys() - known.keys():
+            known = with_defaults(known, identity, stored["recipe"])
+        changed = differences(known, identity)
         if changed:
             raise UserError(
                 f"{self.path} belongs to a run of another recipe: {changed}. "

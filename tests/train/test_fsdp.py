@@ -146,7 +146,9 @@ def assert_same_run(folder: Path, expected: str, actual: str) -> None:
     assert any("checkpoints" in path.parts for path in names)
     for name in names:
         ours, theirs = load_file(runs / actual / name), load_file(runs / expected / name)
-        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
+        # Panels are maps that such weights give, from 0 to 1, in half precision.
+        close = {"rtol": 1e-3, "atol": 1e-4} if name.parts[0] == "panels" else {}
+        torch.testing.assert_close(ours, theirs, **close, msg=lambda text, name=name: f"{name}: {text}")
         state = name.parent / "state.json"
         if (runs / actual / state).exists():
             states = [json.loads((runs / run / state).read_text())["state"] for run in (expected, actual)]

@@ -122,7 +122,8 @@ def test_a_run_older_than_a_key_had_its_default(options, said):
         del old[key]
     old["method.init_args"] = {}  # as a group without keys is kept
     now = load_recipe(options=["--method=Supervised", *options])
-    assert differences(with_defaults(old, dataclasses.asdict(now)), identity(now)) == said
+    new = identity(now)
+    assert differences(with_defaults(old, new, dataclasses.asdict(now)), new) == said
 
 
 def test_recipe_survives_json():
