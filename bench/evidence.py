@@ -38,6 +38,7 @@ from fastmkd.train.schema import Recipe
 from fastmkd.train.seeds import seed_all
 
 from .environment import REPOSITORY, describe, results_folder
+from .pages import add_page, keep_page, parse_page
 from .report import fill_markers
 
 __all__ = ["Study", "main", "render", "run"]
@@ -300,11 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=results_folder() / "evidence")
     parser.add_argument("--studies", type=Path, default=REPOSITORY / "recipes" / "evidence")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "evidence", help="folder for weights")
-    parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "evidence.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; say whether the page is up to date")
-    arguments = parser.parse_args(argv)
-    if not arguments.page.is_file():
-        parser.error(f"there is no page {arguments.page}; run this in a checkout of the repository, or pass --page.")
+    add_page(parser, "evidence.md")
+    arguments = parse_page(parser, None if argv is None else list(argv))
     if arguments.study is not None:
         try:
             study = Study.read(arguments.study.resolve())
@@ -315,13 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(stopped, file=sys.stderr)
             return 130
         print(tables(study, load(arguments.results / f"{study.folder.name}.jsonl")))
-    old = arguments.page.read_text()
-    new = render(old, arguments.results, arguments.studies)
-    if arguments.check:
-        print("up to date" if new == old else f"{arguments.page} differs from its records; run {parser.prog}")
-        return int(new != old)
-    arguments.page.write_text(new)
-    return 0
+    return keep_page(arguments, parser.prog, lambda old: render(old, arguments.results, arguments.studies))
 
 
 if __name__ == "__main__":

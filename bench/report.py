@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .environment import REPOSITORY, results_folder
+from .environment import results_folder
+from .pages import add_page, keep_page, parse_page
 from .progress import describe_variant
 from .targets import TARGETS
 
@@ -194,22 +195,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m fastmkd.bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=results_folder())
-    parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "benchmarks.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; say whether the page is up to date")
-    arguments = parser.parse_args(argv)
-    if not arguments.page.is_file():
-        parser.error(f"there is no page {arguments.page}; run this in a checkout of the repository, or pass --page.")
+    add_page(parser, "benchmarks.md")
+    arguments = parse_page(parser, None if argv is None else list(argv))
     records = latest(load(arguments.results))
-    old = arguments.page.read_text()
-    new = render(old, records)
+    status = keep_page(arguments, parser.prog, lambda old: render(old, records))
     if arguments.check:
-        print(
-            "up to date"
-            if new == old
-            else f"{arguments.page} differs from its records; run python -m fastmkd.bench.report"
-        )
-        return int(new != old)
-    arguments.page.write_text(new)
+        return status
     try:
         from .figures import draw_all
     except ImportError as error:

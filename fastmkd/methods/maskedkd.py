@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, Self
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..nn.ragged import RaggedKeep, keep_by_mass
 from ..nn.vit import MaskedViT
 from ..ops import select_tokens
-from .base import DistillMethod, DistillOutput, Panel
+from .base import DistillOutput, Panel
 from .bases import BASES, BaseDistillation
 from .choices import choose
 from .lanes import Lane, in_line, lane_between
-from .linear_probe import all_but_classifier, train_classifier_alone
+from .linear_probe import ProbingMethod
 from .losses import cross_entropy
 from .maskedkd_checks import check_keep_mass, check_numbers, wrap
 from .panels import kept_panel, saliency_panel
@@ -38,7 +38,7 @@ __all__ = ["MaskedKD"]
 NOTHING = Needs()
 
 
-class MaskedKD(DistillMethod):
+class MaskedKD(ProbingMethod):
     r"""Distils a ViT teacher that sees only the image patches which matter to the student (MaskedKD, Eq. 1 and 2).
 
     The student sees the whole image. The attention of its CLS token in the last layer ranks the patches, the teacher
@@ -161,9 +161,7 @@ class MaskedKD(DistillMethod):
                 f"linear_probe freezes everything that base {type(chosen_base).__name__} compares; use base='logit'."
             )
         teacher_input = TeacherInput(wrapped_teacher, student_norm, teacher_norm)
-        # Needed by unreachable_parameters, which the base class calls.
-        self.__dict__["linear_probe"] = linear_probe
-        super().__init__(student, teacher, teacher_device=teacher_device)
+        super().__init__(student, teacher, linear_probe=linear_probe, teacher_device=teacher_device)
         # Views of student and teacher, kept out of the module tree so that no parameter appears twice.
         self.__dict__["_student_vit"] = wrapped_student
         self.__dict__["_teacher_vit"] = wrapped_teacher
@@ -297,14 +295,6 @@ class MaskedKD(DistillMethod):
             kept_panel(self._best(scores, grid), grid, size),
         ]
 
-    def unreachable_parameters(self, student: nn.Module) -> Iterable[str]:
-        """Names everything but the classifier if only that is trained.
-
-        Args:
-            student: the student, as passed.
-        """
-        return all_but_classifier(student) if self.__dict__["linear_probe"] else ()
-
     def release(self) -> nn.Module:
         """Gives student and teacher back as they came; see `DistillMethod.release`.
 
@@ -314,17 +304,6 @@ class MaskedKD(DistillMethod):
         if self.base.two_heads:
             self._student_vit.model.set_distilled_training(self._had_two_heads)
         return super().release()
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets the student's mode, of the classifier alone if only that is trained; the teacher stays in eval mode.
-
-        Args:
-            mode: True for training.
-        """
-        super().train(mode)
-        if self.__dict__["linear_probe"]:
-            train_classifier_alone(self.student, mode)
-        return self
 
     def _run(self, images: Tensor, lane: Lane) -> tuple[View, Callable[[], View]]:
         """The student's view of some images, and what waits for the teacher's."""

@@ -99,6 +99,7 @@ class MaskPlan:
         self.batch, self.grid = visible.shape[0], (visible.shape[1], visible.shape[2])
         self._taps: dict[tuple[Pair, Window, bool], Taps] = {}
         self._tables: dict[tuple[Pair, Window, bool], tuple[Tensor, Tensor]] = {}
+        self._orders: dict[tuple[Pair, Window, bool], Tensor] = {}
         self._inside: dict[tuple[Pair, Window], Tensor] = {}
         self._runs: dict[int, Runs] = {}
 
@@ -186,11 +187,12 @@ class MaskPlan:
         """
         key = (cell, window, backward)
         if key not in self._taps:
-            table, order = self._table(cell, window)
-            back = (table.new_empty(0, table.shape[1]), order.new_empty(0))
+            table, order = self._table(cell, window)[0], self._order(cell, window)
+            back, order_back = table.new_empty(0, table.shape[1]), order.new_empty(0)
             if backward:
-                back = self._table(cell, window, transposed=True)
-            self._taps[key] = Taps(table, back[0], order, back[1])
+                back = self._table(cell, window, transposed=True)[0]
+                order_back = self._order(cell, window, transposed=True)
+            self._taps[key] = Taps(table, back, order, order_back)
         return self._taps[key]
 
     def forward_taps(self, cell: Pair, window: Window) -> Tensor:
@@ -248,17 +250,25 @@ class MaskPlan:
         return self._runs[height]
 
     def _table(self, cell: Pair, window: Window, transposed: bool = False) -> tuple[Tensor, Tensor]:
-        """A table and its order, from the cache or built."""
+        """A table and the patterns of its rows, from the cache or built."""
         key = (cell, window, transposed)
         if key not in self._tables:
             output_cell(self.grid, cell, window)  # raises if cells would not stay whole
             with _lasting():
-                table, pattern = tap_table(self.cells, self.rank, cell, *window[:4], transposed)
+                self._tables[key] = tap_table(self.cells, self.rank, cell, *window[:4], transposed)
+        return self._tables[key]
+
+    def _order(self, cell: Pair, window: Window, transposed: bool = False) -> Tensor:
+        """The order of a table's rows, from the cache or made; pooling and 1x1 layers never ask for one."""
+        key = (cell, window, transposed)
+        if key not in self._orders:
+            pattern = self._table(cell, window, transposed)[1]
+            with _lasting():
                 # The C++ kernels go through rows in memory order and never look at this: nothing is sorted on a CPU.
                 on_cpu = pattern.device.type == "cpu"
                 order = torch.arange(pattern.shape[0], dtype=torch.int32) if on_cpu else group_rows(pattern)
-                self._tables[key] = table, order
-        return self._tables[key]
+                self._orders[key] = order
+        return self._orders[key]
 
 
 def output_cell(grid: Pair, cell: Pair, window: Window) -> Pair:

@@ -1,0 +1,55 @@
+"""Pages under ``docs/`` that are made from records: written, or compared with what the records say."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from .environment import REPOSITORY
+
+__all__ = ["add_page", "keep_page", "parse_page"]
+
+
+def add_page(parser: argparse.ArgumentParser, name: str) -> None:
+    """Adds the options ``--page`` and ``--check``.
+
+    Args:
+        parser: of the command that makes the page.
+        name: of the page in ``docs/``.
+    """
+    parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / name)
+    parser.add_argument("--check", action="store_true", help="write nothing; say whether the page is up to date")
+
+
+def parse_page(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parses a command's arguments; ends the program where there is no page.
+
+    Args:
+        parser: with the options of `add_page`.
+        argv: arguments; those of the process if None.
+    """
+    arguments = parser.parse_args(argv)
+    if not arguments.page.is_file():
+        parser.error(f"there is no page {arguments.page}; run this in a checkout of the repository, or pass --page.")
+    return arguments
+
+
+def keep_page(arguments: argparse.Namespace, command: str, render: Callable[[str], str]) -> int:
+    """Writes a page anew, or with ``--check`` says whether it is what the records say.
+
+    Args:
+        arguments: with the options of `add_page`.
+        command: that makes the page, for the message.
+        render: the old page -> the new one.
+
+    Returns:
+        Exit status: with ``--check``, 1 when the page differs.
+    """
+    old = arguments.page.read_text()
+    new = render(old)
+    if arguments.check:
+        print("up to date" if new == old else f"{arguments.page} differs from its records; run {command}")
+        return int(new != old)
+    arguments.page.write_text(new)
+    return 0
