@@ -9,7 +9,7 @@
 #
 # Every stage has its own time limit and the whole ends within SECONDS_ALL (590), so that a stage that hangs costs only
 # itself. Eight files: summary.txt build.log check.jsonl tests.log junit.xml bench.log records.jsonl sanitizer.log.
-# To keep the results, commit check.jsonl and records.jsonl in bench/results/<gpu>, then run
+# To keep the results, commit check.jsonl, junit.xml and records.jsonl in bench/results/<gpu>, then run
 # python -m fastmkd.bench.tables, python -m fastmkd.bench.report and python -m fastmkd.bench.gpu_status.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1

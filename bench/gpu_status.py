@@ -1,7 +1,9 @@
 """What a GPU has proven and what not: writes ``docs/gpu-status.md`` and the ``verified`` part of the shipped tables.
 
-A row is proven when a committed record of ``fastmkd check --json`` (``bench/results/<gpu>/check.jsonl``) holds samples
-of that op and backend and every one of them is right. Run it with ``python -m fastmkd.bench.gpu_status``.
+An op's row is proven when a committed record of ``fastmkd check --json`` (``bench/results/<gpu>/check.jsonl``) holds
+samples of that op and backend and every one of them is right; what is more than an op, when its GPU test passed in the
+committed ``bench/results/<gpu>/junit.xml``; a number, when a committed benchmark record has it. Run it with
+``python -m fastmkd.bench.gpu_status``.
 """
 
 from __future__ import annotations
@@ -10,9 +12,13 @@ import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from fastmkd.ops import OPS
 from fastmkd.ops.registry import Backend
+
+from .report import latest, load
+from .targets import TARGETS
 
 __all__ = ["render", "write"]
 
@@ -25,14 +31,53 @@ WITHOUT_GPU = {
     "triton": "numerics in Triton's interpreter; compiled ahead of time for sm_80, sm_90, sm_100 (no spills)",
     "cuda": "the same source runs on the CPU through a shim; compiled by nvcc where it is installed",
 }
+# What only a GPU can show and no sample of an op does, and the test that shows it (`bench/gpu.sh` runs all of them).
+BEYOND = {
+    "the teacher's CUDA graph gives the same step": "tests/methods/test_teacher_call.py::test_cuda_graphs",
+    "micro-batches on a side stream: the same losses and gradients": "tests/methods/test_lanes.py::test_streams",
+    "a MaskedKD step never waits for the GPU": "tests/methods/test_no_sync.py::test_a_step_does_not_wait_for_the_gpu",
+    "a DPK step never waits for the GPU": "tests/methods/test_dpk.py::test_a_step_does_not_wait_for_the_gpu",
+    "FGD's term never waits for the GPU": "tests/methods/test_fgd.py::test_a_step_does_not_wait_for_the_gpu",
+    "student on the GPU, teacher pinned elsewhere": "tests/methods/test_maskedkd.py::test_pinned_teacher_on_the_cpu",
+    "token merging: as on the CPU, and repeatable": (
+        "tests/nn/test_token_merging.py::test_on_a_gpu_it_is_the_same_and_repeatable"
+    ),
+    "a masked ViT's forward can be captured in a graph": (
+        "tests/nn/test_vit_use.py::test_masked_gpu_forward_can_be_captured_in_a_graph"
+    ),
+    "a masked ViT's forward never waits for the GPU": "tests/nn/test_vit_use.py::test_no_host_sync_on_a_gpu",
+    "a packed CNN's step reads nothing back": (
+        "tests/nn/test_convert.py::test_a_training_step_on_the_gpu_reads_nothing_back"
+    ),
+    "plans are built on the GPU": "tests/nn/test_plan.py::test_built_on_the_gpu_without_reading_back",
+}
+
 INTRO = """# GPU status
 
-What a GPU has confirmed, per op and backend, and what it has not. This page is generated from the op registry and the
-committed records by `python -m fastmkd.bench.gpu_status`; a test fails when it is out of date. A row becomes proven by
-running `bench/gpu.sh` on a machine with the GPU and committing `bench/results/<gpu>/check.jsonl`.
+What a GPU has confirmed and what it has not: per op and backend, beyond single ops, and the numbers asked for. This
+page is generated from the op registry and the committed records by `python -m fastmkd.bench.gpu_status`; a test fails
+when it is out of date. A row becomes proven by running `bench/gpu.sh` on a machine with the GPU and committing what it
+leaves in `bench/results/<gpu>`: `check.jsonl`, `junit.xml`, `records.jsonl`.
+
+## Ops
 
 | op | backend | in `auto` | proven without a GPU by | proven on |
 |---|---|---|---|---|
+"""
+BEYOND_INTRO = """## Beyond single ops
+
+Two GPUs (student on one, teacher on the other) are in no test: the same code ran with the teacher on the CPU.
+
+| what | test | proven on |
+|---|---|---|
+"""
+NUMBERS_INTRO = """## Numbers
+
+The bound is bytes over the measured copy rate or FLOPs over the measured matmul rate, whichever takes longer; of a
+masked convolution only the taps that are present count.
+
+| asked | measured |
+|---|---|
 """
 
 
@@ -52,13 +97,53 @@ def proven(rows: list[dict[str, Any]]) -> bool:
     return bool(rows) and all(row["outcome"] == "right" for row in rows)
 
 
+def passed(test: str, results: Path = RESULTS) -> list[str]:
+    """Devices on whose committed ``junit.xml`` every case of a test passed, none skipped.
+
+    Args:
+        test: ``path/of/file.py::function``.
+        results: folder of the records.
+    """
+    path, function = test.split("::")
+    name = path.removesuffix(".py").replace("/", ".")
+    devices = []
+    for junit in sorted(results.glob("*/junit.xml")):
+        cases = [
+            case
+            for case in ElementTree.parse(junit).iter("testcase")
+            if case.get("classname", "").endswith(name) and case.get("name", "").split("[")[0] == function
+        ]
+        if cases and not any(case.find(bad) is not None for case in cases for bad in ("skipped", "failure", "error")):
+            devices.append(junit.parent.name)
+    return devices
+
+
 def render(results: Path = RESULTS) -> str:
     """Returns the text of ``docs/gpu-status.md``."""
     known = records(results)
-    lines = [_row(op.name, backend, known) for op in OPS.values() for backend in _gpu_backends(op.backends)]
-    unproven = sum(line.endswith("| **unproven** |") for line in lines)
-    total = f"{unproven} of {len(lines)} rows are unproven." if unproven else "Every row is proven."
-    return INTRO + "\n".join(lines) + f"\n\n{total}\n"
+    ops = [_row(op.name, backend, known) for op in OPS.values() for backend in _gpu_backends(op.backends)]
+    beyond = [
+        f"| {what} | `{test.removeprefix('tests/')}` | {', '.join(passed(test, results)) or '**unproven**'} |"
+        for what, test in BEYOND.items()
+    ]
+    numbers = _numbers(results)
+    return "\n".join([INTRO + _lines(ops), BEYOND_INTRO + _lines(beyond), NUMBERS_INTRO + _lines(numbers)])
+
+
+def _lines(rows: list[str]) -> str:
+    unproven = sum(row.endswith("| **unproven** |") for row in rows)
+    total = f"{unproven} of {len(rows)} rows are unproven." if unproven else "Every row is proven."
+    return "\n".join(rows) + f"\n\n{total}\n"
+
+
+def _numbers(results: Path) -> list[str]:
+    measured = latest(load(results))
+    rows = []
+    for target in (target for target in TARGETS if target.gpu):
+        ratios = [(record["env"]["device"], target.ratio(record)) for record in measured]
+        found = [f"{target.show(ratio)} ({device})" for device, ratio in ratios if ratio is not None]
+        rows.append(f"| {target.sentence} | {', '.join(found) or '**unproven**'} |")
+    return rows
 
 
 def write() -> None:

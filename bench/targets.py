@@ -1,6 +1,6 @@
 """What was asked of the speed, so that a page can say what was reached.
 
-Every target is a ratio to another variant of a case that must be at least so much.
+Every target is a ratio that must be at least so much: to another variant of a case, or to the physical bound.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class Target:
         show: the ratio as a reader wants it.
         against: the variant that the ratio is to; empty for the case's baseline.
         gpu: measured on a GPU; otherwise on a CPU.
+        of_bound: what counts is the variant's share of its physical bound; with `against`, over that variant's share.
     """
 
     sentence: str
@@ -39,6 +40,7 @@ class Target:
     show: Callable[[float], str] = "{:.2f}x".format
     against: str = ""
     gpu: bool = False
+    of_bound: bool = False
 
     def ratio(self, record: dict[str, Any]) -> float | None:
         """The ratio that counts if `record` is the right one, else None."""
@@ -47,7 +49,12 @@ class Target:
             return None
         if (record["clock"] != "cpu") != self.gpu:
             return None
-        found = {v["name"]: v["ratio"]["median"] for v in record["variants"] if "ratio" in v}
+        if self.of_bound:
+            found = {v["name"]: v["bound"]["share"] for v in record["variants"] if v.get("bound")}
+            if not self.against:
+                return found.get(self.variant)
+        else:
+            found = {v["name"]: v["ratio"]["median"] for v in record["variants"] if "ratio" in v}
         against = self.against or record["baseline"]
         return found[self.variant] / found[against] if {self.variant, against} <= found.keys() else None
 
@@ -86,6 +93,50 @@ def _masked(benchmark: str, panel: str, what: str, least: dict[int, float], agai
         )
         for percent, ratio in least.items()
     ]
+
+
+def _on_gpu(
+    what: str, benchmark: str, panel: str, label: str, variant: str, least: float, against: str = "", **more: Any
+) -> Target:
+    of_bound = more.setdefault("of_bound", not against)
+    asked = f"{least:.3g}x {against}" if against else f"{least:.0%} of the bound".replace("%", " %")
+    sentence = f"{what}, bf16 on a GPU: at least {asked}" + (
+        ", as shares of their bounds" if against and of_bound else ""
+    )
+    return Target(sentence, benchmark, "bf16", panel, label, variant, least, against=against, gpu=True, **more)
+
+
+def _convolutions_on_gpu() -> list[Target]:
+    layers = [
+        _on_gpu(
+            f"3x3 {direction}, {percent} % hidden",
+            "masked_conv3x3",
+            f"{_LAYERS}, {direction}, batch 256",
+            f"{percent} % hidden",
+            "fastmkd",
+            least,
+            _PLAIN,
+        )
+        for direction in ("forward", "forward + backward")
+        for percent, least in {10: 1.0, 50: 1.7, 75: 3.0}.items()
+    ]
+    strides = [
+        _on_gpu(
+            f"3x3 forward at stride {stride}, 75 % hidden",
+            "masked_conv3x3",
+            f"3x3 layers of stride {stride}, forward, batch 256",
+            "75 % hidden",
+            "fastmkd",
+            least,
+            against,
+            of_bound=True,
+        )
+        for stride, least, against in ((4, 1.0, _PLAIN), (8, 0.6, ""), (16, 0.6, ""), (32, 0.6, ""))
+    ]
+    step = _on_gpu(
+        f"{_STEP}, 75 % hidden", "masked_resnet", f"{_STEP}, batch 256", "75 % hidden", "fastmkd", 2.5, _PLAIN
+    )
+    return [*layers, *strides, step]
 
 
 def _faster_bf16(direction: str) -> Target:
@@ -135,6 +186,14 @@ TARGETS = (
         least=0.92,
         against="apart, compiled teacher",
         gpu=True,
+    ),
+    _on_gpu(
+        "gather and embedding of 50 % of DeiT-B's patches",
+        "patch_embed",
+        "DeiT-B, batch 256",
+        "50 % kept",
+        "auto",
+        1 / 1.3,
     ),
     Target(
         "saliency: under 1 % of the student's forward",
@@ -216,5 +275,18 @@ TARGETS = (
         variant="plan building",
         least=1 / 0.03,
         show=_share,
+    ),
+    *_convolutions_on_gpu(),
+    *(
+        _on_gpu(
+            f"CKA of all pairs of ResNet-50's layers, batch {batch}",
+            "cka",
+            f"batch {batch}",
+            "ResNet-50 with itself",
+            "cka_matrix",
+            least,
+            against,
+        )
+        for batch, least, against in ((256, 0.5, ""), (32, 10.0, "one Gram a layer, PyTorch"))
     ),
 )
