@@ -44,7 +44,6 @@ from .report import fill_markers
 __all__ = ["Study", "main", "render", "run"]
 
 Record = dict[str, Any]
-TEACHER = "teacher"  # its setting in the records
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Study:
         settings: changes to the recipe by dotted key, by the name of the setting.
         against: the setting from which the table takes differences.
         asked: what the study should show: ``{setting, over, least}``, the one at least so many points over the other.
-        teacher: file of the recipe of the teacher, if the settings share one; it is trained once and recorded too.
+        teachers: recipes of the teachers by the setting under which each is recorded; trained once for all seeds.
     """
 
     folder: Path
@@ -67,7 +66,7 @@ class Study:
     settings: dict[str, dict[str, Any]]
     against: str
     asked: list[dict[str, Any]]
-    teacher: str | None = None
+    teachers: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Study:
@@ -91,15 +90,13 @@ class Study:
         return study
 
     def runs(self, root: Path) -> list[tuple[str, Recipe]]:
-        """All runs as (setting, recipe), the teacher first, then seed by seed, so that a part of them is a whole table.
+        """All runs as (setting, recipe), teachers first, then seed by seed, so that a part of them is a whole table.
 
         Args:
             root: folder for the runs.
         """
         common = {"run.root": str(root), "run.tensorboard": False}
-        runs = []
-        if self.teacher is not None:
-            runs.append((TEACHER, load_recipe(self.folder / self.teacher, changes=common)))
+        runs = [(name, load_recipe(self.folder / file, changes=common)) for name, file in self.teachers.items()]
         for seed in self.seeds:
             for setting, options in self.settings.items():
                 slug = re.sub(r"\W+", "_", setting).strip("_").lower()
@@ -236,17 +233,20 @@ def tables(study: Study, records: Sequence[Record]) -> str:
             sentence = f"{ask['setting']} over {ask['over']}: at least {ask['least']:+.1f}"
             parts[-1] += f"\n| {sentence} | {measured} | {shown} |"
     head = ["setting", "test top-1", *(f"seed {seed}" for seed in study.seeds), f"against {study.against}"]
-    head.append("teacher on what it is shown")
+    head += ["teacher on what it is shown"] * bool(teacher)
     parts.append(line(head) + "\n" + line(["---"] * len(head)))
-    for setting in (TEACHER, *study.settings):
+    for setting in (*study.teachers, *study.settings):
         scores = top1.get(setting)
         if scores is None:
             continue
-        seeds = [f"{scores[seed]:.2f}" if seed in scores and setting != TEACHER else "" for seed in study.seeds]
-        gaps = [] if setting == study.against else paired(top1, setting, study.against)
-        against = spread(gaps, signed=True) if gaps and setting != TEACHER else ""
-        shown = spread(teacher[setting]) if setting in teacher and setting != TEACHER else ""
-        parts[-1] += "\n" + line([setting, spread(list(scores.values())), *seeds, against, shown])
+        cells = [setting, spread(list(scores.values())), *[""] * (len(head) - 2)]
+        if setting in study.settings:
+            cells[2 : 2 + len(study.seeds)] = [f"{scores[s]:.2f}" if s in scores else "" for s in study.seeds]
+            gaps = [] if setting == study.against else paired(top1, setting, study.against)
+            cells[2 + len(study.seeds)] = spread(gaps, signed=True) if gaps else ""
+            if setting in teacher:
+                cells[-1] = spread(teacher[setting])
+        parts[-1] += "\n" + line(cells)
     return "\n\n".join(parts)
 
 
@@ -257,7 +257,7 @@ def caption(study: Study, records: Sequence[Record]) -> str:
         f"torch {env['torch']}, {env['device']}"
         for env in (record["env"] for record in records)
     }
-    wanted = len(study.seeds) * len(study.settings) + (study.teacher is not None)
+    wanted = len(study.seeds) * len(study.settings) + len(study.teachers)
     count = f"{len(records)} runs" if len(records) == wanted else f"{len(records)} of {wanted} runs, **not finished**"
     command = f"`python -m fastmkd.bench.evidence recipes/evidence/{study.folder.name}`"
     return f"{command}: {count}; {'; '.join(sorted(made))}."

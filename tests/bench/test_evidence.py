@@ -24,7 +24,7 @@ run: {{log_every: 2}}
 """
 STUDY = """
 recipe: student.yaml
-teacher: teacher.yaml
+teachers: {teacher: teacher.yaml}
 seeds: [3, 4]
 against: full
 settings:
