@@ -5,6 +5,7 @@ from .dino import MaskedDINO
 from .dpk import DPK
 from .feature_kd import FeatureKD
 from .maskedkd import MaskedKD
+from .moco import MoCoV3
 from .supervised import Supervised
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "FeatureKD",
     "MaskedDINO",
     "MaskedKD",
+    "MoCoV3",
     "Panel",
     "Supervised",
 ]

@@ -1,14 +1,10 @@
-r"""DINO with a masked teacher (MaskedKD, Section 4.3; Caron et al., ICCV 2021).
-
-.. math:: \theta_T \leftarrow m \, \theta_T + (1 - m) \, \theta_S
-"""
+"""DINO with a masked teacher (MaskedKD, Section 4.3; Caron et al., ICCV 2021)."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,28 +12,27 @@ from torch import Tensor, nn
 
 from ..nn.vit import MaskedViT
 from ..ops import select_tokens
-from .base import DistillMethod, DistillOutput, Panel
+from .base import DistillOutput, Panel
 from .choices import choose
 from .crops import random_crops
 from .dino_head import DinoHead, dino_loss
 from .panels import kept_panel, saliency_panel
+from .self_distillation import SelfDistillation, check_momentum
 from .skipped import SkippedBatches
 from .strategies import STRATEGIES, MaskStrategy, Scores
-from .views import Needs, View, classifier_of, observe
+from .views import Needs, View, observe
 
 __all__ = ["MaskedDINO"]
 
 
-class MaskedDINO(DistillMethod):
+class MaskedDINO(SelfDistillation):
     r"""Self-distillation without labels whose moving-average teacher sees a part of each global crop.
 
     The student sees two global crops and several local ones. Its CLS attention on a global crop chooses the patches of
     that crop which the teacher gets; local crops take no part in that. Loss, centring and head are DINO's; defaults are
     those of its "vanilla" recipe, which the paper follows (Appendix A), and the keep ratio that did best in Table 5.
 
-    The teacher is a copy of the student that follows it: with momentum m from `momentum` to 1 along half a cosine over
-    `total_updates`. It is part of ``state_dict()``, under ``ema.``, but not trained. It moves at the beginning of a
-    step if the student's weights have changed since the last one, so any loop and gradient accumulation will do.
+    The teacher is a copy of the student that follows it, see `SelfDistillation`.
 
     Args:
         student: timm VisionTransformer (or a `MaskedViT`) with a CLS token; trained in place. A classifier, if it has
@@ -75,8 +70,6 @@ class MaskedDINO(DistillMethod):
     """
 
     center: Tensor
-    updates: Tensor
-    _student_vit: MaskedViT
     _teacher_vit: MaskedViT
 
     def __init__(
@@ -100,16 +93,13 @@ class MaskedDINO(DistillMethod):
     ) -> None:
         if not 0 < keep_ratio <= 1:
             raise ValueError(f"keep_ratio is {keep_ratio}; expected a share of the patches above 0 and at most 1.")
-        for name, value in (("center_momentum", center_momentum), ("momentum", momentum)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}; expected a number from 0 to 1.")
+        check_momentum("center_momentum", center_momentum)
         temperatures = {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
         for name, value in temperatures.items():
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; expected a finite positive number.")
-        for name, count in (("out_features", out_features), ("total_updates", total_updates)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name} is {count}; expected at least 1.")
+        if out_features < 1:
+            raise ValueError(f"out_features is {out_features}; expected at least 1.")
         if local_crops < 0:
             raise ValueError(f"local_crops is {local_crops}; expected at least 0.")
         vit = student if isinstance(student, MaskedViT) else MaskedViT(student)
@@ -121,24 +111,17 @@ class MaskedDINO(DistillMethod):
                 "student takes one image size only but local crops are smaller; create it with dynamic_img_size=True, "
                 "or use local_crops=0."
             )
-        if len(classifier_of(vit)) > 1:
-            raise ValueError("student is a distilled DeiT, whose two heads DINO has no use for; use a plain one.")
-        super().__init__(student)
-        # Views of student and teacher, kept out of the module tree so that no parameter appears twice.
-        self.__dict__["_student_vit"] = vit
+        super().__init__(student, momentum, total_updates)
         self.heads["dino"] = DinoHead(vit.embed_dim, out_features, hidden, bottleneck)
-        self.ema = nn.ModuleDict({"backbone": copy.deepcopy(vit.model), "head": copy.deepcopy(self.heads["dino"])})
+        self.follow({"backbone": self._student_vit.model, "head": self.heads["dino"]})
         self.__dict__["_teacher_vit"] = MaskedViT(self.ema["backbone"])
-        self.ema.requires_grad_(False).eval()
         self.register_buffer("center", torch.zeros(out_features))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.keep_ratio, self.strategy = float(keep_ratio), chosen
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
-        self.center_momentum, self.momentum, self.total_updates = center_momentum, momentum, total_updates
+        self.center_momentum = center_momentum
         self.local_crops, self.local_size = local_crops, local_size
         self.global_scale, self.local_scale = tuple(global_scale), tuple(local_scale)
         self.skipped = SkippedBatches()
-        self._seen_writes: int | None = None
 
     def forward(self, images: Tensor | Sequence[Tensor], targets: Any = None) -> DistillOutput:
         """Moves the teacher, runs both networks on all crops and returns the loss.
@@ -159,9 +142,7 @@ class MaskedDINO(DistillMethod):
             raise ValueError(
                 "images holds no two global crops of one shape; pass them first, or a batch to cut them from."
             )
-        if self.training and self._seen_writes != (writes := self._writes()):
-            self.update_teacher()
-            self._seen_writes = writes
+        self.begin_step()
         large, small = torch.cat(crops[:2]), crops[2:]
         needs = Needs(features=True)
         if self.keep_ratio < 1:
@@ -186,29 +167,11 @@ class MaskedDINO(DistillMethod):
         Args:
             images: ``(B, C, H, W)``.
         """
-        height, width = images.shape[-2:]
         patch = self._student_vit.model.patch_embed.patch_size[0]
-        side = self.local_size or max(1, round(96 / 224 * height / patch)) * patch
-        large = [random_crops(images, (height, width), self.global_scale) for _ in range(2)]  # type: ignore[arg-type]
+        side = self.local_size or max(1, round(96 / 224 * images.shape[-2] / patch)) * patch
+        large = self.global_crops(images, self.global_scale)  # type: ignore[arg-type]
         small = [random_crops(images, (side, side), self.local_scale) for _ in range(self.local_crops)]  # type: ignore[arg-type]
         return large + small
-
-    @torch.no_grad()
-    def update_teacher(self) -> None:
-        """Moves the teacher towards the student; `forward` calls it by itself."""
-        teacher: list[Tensor] = list(self.ema.parameters())
-        student: list[Tensor] = [*self._student_vit.parameters(), *self.heads["dino"].parameters()]
-        step = list(torch._foreach_sub(student, teacher))
-        torch._foreach_mul_(step, 1 - self.current_momentum().to(step[0].dtype))
-        torch._foreach_add_(teacher, step)
-        self.updates += 1
-
-    def current_momentum(self) -> Tensor:
-        """Returns m of the next update, a scalar on the device."""
-        if self.total_updates is None:
-            return torch.tensor(self.momentum, dtype=torch.float32, device=self.updates.device)
-        progress = (self.updates.float() / self.total_updates).clamp(max=1)
-        return 1 - (1 - self.momentum) * (torch.cos(math.pi * progress) + 1) / 2
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> list[Panel]:
@@ -228,25 +191,6 @@ class MaskedDINO(DistillMethod):
             saliency_panel(scores.values, scores.grid, size),
             kept_panel(keep, view.grid, size),
         ]
-
-    def unreachable_parameters(self, student: nn.Module) -> Iterable[str]:
-        """Names the classifier's parameters.
-
-        Args:
-            student: the student, as passed.
-        """
-        unused = {id(p) for layer in classifier_of(student) for p in layer.parameters()}
-        return [name for name, p in student.named_parameters() if id(p) in unused]
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets the student's and the head's mode; the teacher stays in eval mode.
-
-        Args:
-            mode: True for training.
-        """
-        super().train(mode)
-        self.ema.eval()
-        return self
 
     def _features(self, view: View) -> Tensor:
         assert view.features is not None
@@ -271,7 +215,3 @@ class MaskedDINO(DistillMethod):
             dist.all_reduce(mean)
             mean = mean / dist.get_world_size()
         self.center += (1 - self.center_momentum) * (mean - self.center) * good
-
-    def _writes(self) -> int:
-        """A number that grows whenever somebody writes to the student's or the head's weights."""
-        return sum(p._version for p in (*self._student_vit.parameters(), *self.heads["dino"].parameters()))

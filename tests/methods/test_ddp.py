@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmkd.methods import DPK, MaskedDINO, MaskedKD
+from fastmkd.methods.moco import contrastive_loss
 from fastmkd.methods.dpk_ratio import CkaGap
 
 torch.set_num_threads(1)
@@ -91,6 +92,13 @@ for name, value in method.state_dict().items():
     both = [torch.empty_like(value) for _ in range(2)]
     dist.all_gather(both, value)
     torch.testing.assert_close(both[0], both[1], msg=name)
+
+# MoCo v3: the views of all ranks' images are the candidates.
+queries, keys = torch.randn(2, 4, 5)
+part = contrastive_loss(queries[mine], keys[mine], 0.2)
+dist.all_reduce(part)
+logits = torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(keys, dim=1).T / 0.2
+torch.testing.assert_close(part / 2, 0.4 * torch.nn.functional.cross_entropy(logits, torch.arange(4)))
 dist.barrier()
 dist.destroy_process_group()
 print("agreed")
