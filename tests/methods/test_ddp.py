@@ -94,7 +94,7 @@ for name, value in method.state_dict().items():
     torch.testing.assert_close(both[0], both[1], msg=name)
 
 # MoCo v3: the views of all ranks' images are the candidates.
-queries, keys = torch.randn(2, 4, 5)
+queries, keys = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
 part = contrastive_loss(queries[mine], keys[mine], 0.2)
 dist.all_reduce(part)
 logits = torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(keys, dim=1).T / 0.2
