@@ -56,9 +56,7 @@ VITS = ("vision_transformer", "deit", "beit", "eva", "cait")
 KEPT_AUGMENT = ("crop", "pad", "scale", "flip")
 
 
-def tuning_recipe(
-    command: Literal["finetune", "probe"], source: str | Path, options: Sequence[str] = ()
-) -> Recipe:
+def tuning_recipe(command: Literal["finetune", "probe"], source: str | Path, options: Sequence[str] = ()) -> Recipe:
     """Makes the recipe that fine-tunes or probes a network.
 
     Args:
@@ -75,7 +73,9 @@ def tuning_recipe(
         defaults |= _of_run(RunDir(source))
         defaults |= {"name": f"{source.resolve().name}-{command}", "run.root": str(source.parent)}
     elif source.suffix in (".yaml", ".yml"):
-        raise UserError(f"{source} is a recipe; train it, then give the folder of its run: fastmkd {command} runs/NAME.")
+        raise UserError(
+            f"{source} is a recipe; train it, then give the folder of its run: fastmkd {command} runs/NAME."
+        )
     elif source.is_file():
         defaults |= {"name": f"{source.stem}-{command}", "student.name": None, "student.backbone": str(source)}
     else:

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["differences", "flatten", "identity", "load_recipe", "recipe_from_dict", "recipe_parser"]
 
 
-def recipe_parser(
-    prog: str = "fastmkd train RECIPE.yaml", defaults: dict[str, Any] | None = None
-) -> ArgumentParser:
+def recipe_parser(prog: str = "fastmkd train RECIPE.yaml", defaults: dict[str, Any] | None = None) -> ArgumentParser:
     """Returns the parser whose options are the recipe's keys.
 
     Args:

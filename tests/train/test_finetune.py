@@ -20,7 +20,10 @@ from fastmkd.train.recipe import flatten, load_recipe, recipe_from_dict
 
 PAGE = Path(__file__).parents[2] / "docs/finetune.md"
 SHORT = ["--schedule.epochs=2", "--schedule.warmup_epochs=0", "--run.tensorboard=false"]
-TINY = ["--student.name=vit_tiny_patch16_224", "--student.kwargs={patch_size: 2, embed_dim: 12, depth: 1, num_heads: 3}"]
+TINY = [
+    "--student.name=vit_tiny_patch16_224",
+    "--student.kwargs={patch_size: 2, embed_dim: 12, depth: 1, num_heads: 3}",
+]
 CNN = """
 name: cnn
 data: {name: digits, batch_size: 16, limit: 64, eval_batch_size: 360}
@@ -32,7 +35,7 @@ DINO = """
 name: dino
 seed: 4
 data: {name: digits, batch_size: 16, limit: 64, eval_batch_size: 360, image_size: 16}
-student: {kwargs: {patch_size: 4, embed_dim: 12, depth: 1, num_heads: 3, dynamic_img_size: true, num_classes: 5}}
+student: {kwargs: {patch_size: 4, embed_dim: 12, depth: 1, num_heads: 3, dynamic_img_size: true, num_classes: 12}}
 method:
   class_path: fastmkd.methods.MaskedDINO
   init_args: {out_features: 16, hidden: 16, bottleneck: 8, local_crops: 2, total_updates: 4}
@@ -221,5 +224,5 @@ def test_help_shows_the_defaults(capsys):
     assert main(["probe", "--help"]) == 0
     said = capsys.readouterr().out
     assert "usage: fastmkd probe RUN|WEIGHTS" in said
-    assert re.search(r"--optim\.name.*\n?.*default: sgd", said)
+    assert re.search(r"--optim\.name[^)]*default:\s+sgd\)", said)
     assert main(["finetune"]) == 2

@@ -183,7 +183,7 @@ def test_layer_decay_and_weight_decay_groups():
 def test_rates_fall_from_the_head_down_in_every_family(name, stem):
     """The stem learns at decay^(depth + 1), block i at decay^(depth - i), the head at the full rate, as in MAE."""
     with torch.device("meta"):
-        student = timm.create_model(name, depth=4)
+        student = timm.create_model(name, depth=4, num_classes=10)
     optimizer = build_optimizer(OptimRecipe(lr=1.0, layer_decay=0.5), student, nn.ModuleDict(), 8)
     build_schedule(ScheduleRecipe(epochs=4, warmup_epochs=1, warmup_lr=0.0), optimizer, 10).step_update(10)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
