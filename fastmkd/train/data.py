@@ -119,7 +119,7 @@ def balanced_subset(labels: Tensor, classes: Sequence[str], fraction: float, see
     short = [f"{name} has {size}" for name, size in zip(classes, sizes, strict=True) if size < count]
     if short:
         raise UserError(
-            f"data.label_fraction is {fraction:g}, which takes {count} of the {len(labels)} training pictures from each "
+            f"data.label_fraction is {fraction}, which takes {count} of the {len(labels)} training pictures from each "
             f"of {len(classes)} classes, but {shorten(short)}; choose a smaller share, or more pictures if data.limit "
             "or data.validation_fraction took them."
         )
