@@ -128,6 +128,15 @@ class DistillMethod(nn.Module):
             epoch: from 0.
         """
 
+    def bare_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turns the student's weights as they are in training into those of the student as it was passed.
+
+        Args:
+            weights: by the names that ``student.state_dict()`` has now; the same ones unless the method put layers of
+                its own into the student.
+        """
+        return weights
+
     def pictures(self, images: Tensor) -> list[Panel]:
         """What this method has to show for a batch; the input alone unless a subclass adds to it.
 

@@ -19,9 +19,12 @@ class Supervised(ProbingMethod):
     Args:
         student: any classifier ``(B, C, H, W)`` -> logits ``(B, K)``, or a tuple of logits.
         linear_probe: train the classifier only, of a network of timm; the rest is frozen and in eval mode.
+        batch_norm: with `linear_probe`, put a batch norm without weights before the classifier (MAE, Appendix A.1); it
+            becomes a part of the classifier where the student is saved or released.
 
     Raises:
-        ValueError: `linear_probe` with a student that does not say which layer its classifier is.
+        ValueError: `linear_probe` with a student that does not say which layer its classifier is; `batch_norm` without
+            `linear_probe`, or with a classifier that is not linear.
 
     Example:
         >>> method = Supervised(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
@@ -30,8 +33,8 @@ class Supervised(ProbingMethod):
         (['ce'], torch.Size([2, 3]))
     """
 
-    def __init__(self, student: nn.Module, linear_probe: bool = False) -> None:
-        super().__init__(student, linear_probe=linear_probe)
+    def __init__(self, student: nn.Module, linear_probe: bool = False, batch_norm: bool = False) -> None:
+        super().__init__(student, linear_probe=linear_probe, batch_norm=batch_norm)
 
     def forward(self, images: Tensor, targets: Tensor) -> DistillOutput:
         """Returns the cross-entropy of the student's predictions.

@@ -28,6 +28,7 @@ __all__ = [
     "Setup",
     "assemble",
     "build_method",
+    "describe",
     "find_teacher",
     "open_run",
     "refuse_to_train",
@@ -70,12 +71,13 @@ class Setup:
             )
 
 
-def assemble(recipe: Recipe, train: Callable[[Recipe], Any]) -> Setup:
+def assemble(recipe: Recipe, train: Callable[[Recipe], Any], weights: str | Path | None = None) -> Setup:
     """Makes data, networks and method; the student's first weights depend on the seed alone.
 
     Args:
         recipe: what to make.
         train: called with the teacher's recipe if that has to be trained first.
+        weights: of the student, in place of the first ones.
 
     Raises:
         UserError: anything in the recipe that does not fit.
@@ -93,6 +95,8 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any]) -> Setup:
     student = build_model(recipe.student, kwargs, "student")
     if recipe.student.backbone is not None:
         own_identity["student.backbone"] = _digest(recipe.student.backbone)
+    if weights is not None:
+        load_weights(student, weights, "student")
     seed_all(recipe.seed, "method")
     method = build_method(recipe, student, teacher, source.image_size)
     description = {
@@ -209,15 +213,29 @@ def trained_student(run: RunDir, weights: str | None = None) -> tuple[nn.Module,
     Raises:
         UserError: the folder is not that of a run, or it has not finished.
     """
-    description = run.description()
-    if description is None:
-        raise UserError(f"{run.path} is not the folder of a run: it has no recipe.json; train a recipe first.")
-    if weights is None and run.result() is None:
-        raise UserError(f"the run in {run.path} has not finished; the same fastmkd train command goes on with it.")
+    description = describe(run, finished=weights is None)
     recipe = ModelRecipe(description["student"]["name"], weights=weights or str(run.weights))
     with torch.random.fork_rng(devices=[]):
         student = build_model(recipe, description["student"]["kwargs"], "student")
     return student.eval(), description
+
+
+def describe(run: RunDir, finished: bool = True) -> dict[str, Any]:
+    """Returns the content of ``recipe.json`` of a run.
+
+    Args:
+        run: folder of the run.
+        finished: refuse a run without a result.
+
+    Raises:
+        UserError: the folder is not that of a run, or it has not finished.
+    """
+    description = run.description()
+    if description is None:
+        raise UserError(f"{run.path} is not the folder of a run: it has no recipe.json; train a recipe first.")
+    if finished and run.result() is None:
+        raise UserError(f"the run in {run.path} has not finished; the command that began it goes on with it.")
+    return description
 
 
 def open_run(recipe: Recipe) -> Setup:
@@ -232,9 +250,7 @@ def open_run(recipe: Recipe) -> Setup:
     run = RunDir(recipe.run_dir)
     if run.result() is None:
         raise UserError(f"{recipe.name} has no finished run in {run.path}; fastmkd train it first.")
-    setup = assemble(recipe, refuse_to_train)
-    load_weights(setup.student, run.weights, "student")
-    return setup
+    return assemble(recipe, refuse_to_train, run.weights)
 
 
 def refuse_to_train(recipe: Recipe) -> None:

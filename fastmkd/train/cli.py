@@ -13,6 +13,8 @@ __all__ = ["COMMANDS", "main"]
 # Command: (module, function, summary). The module is imported when its command runs.
 COMMANDS = {
     "train": ("fastmkd.train.commands", "train", "train a recipe, or go on with its run"),
+    "finetune": ("fastmkd.train.finetune", "finetune", "train a finished run's student, or other weights, on labels"),
+    "probe": ("fastmkd.train.finetune", "probe", "train a linear classifier on the frozen student of a run"),
     "eval": ("fastmkd.train.commands", "evaluate", "test the student of a finished run again"),
     "export": ("fastmkd.train.export", "main", "write the bare student as .safetensors or .onnx"),
     "show": ("fastmkd.train.show", "main", "draw what a method sees: input, saliency, kept patches"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +88,46 @@ def load_data(recipe: DataRecipe) -> DataSource:
     if recipe.limit is not None and recipe.limit < len(source.train):
         order = torch.randperm(len(source.train), generator=generator(SPLIT_SEED, "limit"))
         source.train = source.train.subset(order[: recipe.limit])
+    if recipe.label_fraction is not None:
+        index = balanced_subset(source.train.labels, source.classes, recipe.label_fraction, recipe.subset_seed)
+        source.train = source.train.subset(index)
     return source
+
+
+def balanced_subset(labels: Tensor, classes: Sequence[str], fraction: float, seed: int) -> Tensor:
+    """Chooses as many pictures of each class, `fraction` of all together.
+
+    Args:
+        labels: ``(N,)`` int64.
+        classes: their names.
+        fraction: above 0, up to 1; each class gives `fraction` N / classes pictures, rounded, at least one.
+        seed: chooses which; with one seed a smaller fraction is a part of a larger one.
+
+    Returns:
+        Ascending indices.
+
+    Raises:
+        UserError: a class has not as many.
+
+    Example:
+        >>> labels = torch.tensor([0, 1, 1, 0, 1, 0])
+        >>> labels[balanced_subset(labels, ["cat", "dog"], 0.7, seed=0)].bincount()
+        tensor([2, 2])
+    """
+    count = max(1, round(fraction * len(labels) / len(classes)))
+    sizes = labels.bincount(minlength=len(classes)).tolist()
+    short = [f"{name} has {size}" for name, size in zip(classes, sizes, strict=True) if size < count]
+    if short:
+        raise UserError(
+            f"data.label_fraction is {fraction}, which takes {count} of the {len(labels)} training pictures from each "
+            f"of {len(classes)} classes, but {shorten(short)}; choose a smaller share, or more pictures if data.limit "
+            "or data.validation_fraction took them."
+        )
+    chosen = []
+    for label, members in enumerate(labels.argsort(stable=True).split(sizes)):
+        order = torch.randperm(len(members), generator=generator(seed, "labels", label))
+        chosen.append(members[order[:count]])
+    return torch.cat(chosen).sort().values
 
 
 def stratified_split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from .engine import make_accelerator
 from .errors import UserError
 from .evaluate import evaluate
 from .loading import Loader
-from .recipe import differences
+from .recipe import differences, identity, recipe_from_dict
 from .rundir import RunDir
 from .schema import Recipe
 from .seeds import seed_all
@@ -127,10 +127,10 @@ def _described(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _check_same(first: dict[str, Any], other: dict[str, Any], name: str, other_name: str) -> None:
     """Runs whose difference would be drawn as one of the patches kept."""
-    data = [
-        {key: value for key, value in run["identity"].items() if key.startswith("data.") and key not in NOT_COMPARED}
-        for run in (first, other)
-    ]
+    data = []
+    for run in (first, other):
+        values = identity(recipe_from_dict(run["recipe"]))  # with today's keys
+        data.append({k: v for k, v in values.items() if k.startswith("data.") and k not in NOT_COMPARED})
     changed = differences(*data)
     if changed:
         raise UserError(f"{name} and {other_name} were trained on different data: {changed}.")

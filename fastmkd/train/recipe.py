@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["differences", "flatten", "identity", "load_recipe", "recipe_from_dict", "recipe_parser"]
 
 
-def recipe_parser(prog: str = "fastmkd train RECIPE.yaml") -> ArgumentParser:
+def recipe_parser(prog: str = "fastmkd train RECIPE.yaml", defaults: dict[str, Any] | None = None) -> ArgumentParser:
     """Returns the parser whose options are the recipe's keys.
 
     Args:
         prog: how the usage line begins.
+        defaults: other ones than those of `Recipe`, by dotted key.
     """
     from jsonargparse import ArgumentParser
 
@@ -37,12 +38,15 @@ def recipe_parser(prog: str = "fastmkd train RECIPE.yaml") -> ArgumentParser:
     parser.add_subclass_arguments(
         DistillMethod, "method", skip={"student", "teacher"}, required=False, instantiate=False
     )
-    parser.set_defaults({"method": {"class_path": MethodRecipe.class_path}})
+    parser.set_defaults({"method": {"class_path": MethodRecipe.class_path}, **(defaults or {})})
     return parser
 
 
 def load_recipe(
-    path: str | Path | None = None, options: Sequence[str] = (), changes: dict[str, Any] | None = None
+    path: str | Path | None = None,
+    options: Sequence[str] = (),
+    changes: dict[str, Any] | None = None,
+    defaults: dict[str, Any] | None = None,
 ) -> Recipe:
     """Reads and checks a recipe.
 
@@ -50,6 +54,7 @@ def load_recipe(
         path: YAML file; None starts from the defaults.
         options: command-line options such as ``--optim.lr=1e-3``; they win over the file.
         changes: the same by dotted key; they win over `options`.
+        defaults: by dotted key, for what neither says; in place of those of `Recipe`.
 
     Returns:
         The recipe. A relative `teacher.recipe` is resolved against the folder of `path`.
@@ -74,7 +79,7 @@ def load_recipe(
         text = yaml.safe_dump(value, default_flow_style=True, width=2**31).removesuffix("...\n").strip()
         argv.append(f"--{key}={text}")
     try:
-        config = recipe_parser().parse_args(argv)
+        config = recipe_parser(defaults=defaults).parse_args(argv)
     except (argparse.ArgumentError, yaml.YAMLError) as error:
         where = f"the recipe {path}" if path is not None else "the recipe"
         raise UserError(f"{where} is not right: {_plain(str(error))}") from None
@@ -141,6 +146,8 @@ def _check(recipe: Recipe) -> None:
         ("data.workers", recipe.data.workers, 0, 256),
         ("data.image_size", recipe.data.image_size, 1, 65536),
         ("data.limit", recipe.data.limit, 1, float("inf")),
+        ("data.label_fraction", recipe.data.label_fraction, 1e-9, 1),
+        ("data.subset_seed", recipe.data.subset_seed, 0, 2**63 - 1),
         ("data.test_fraction", recipe.data.test_fraction, 0.001, 0.999),
         ("data.validation_fraction", recipe.data.validation_fraction, 0.001, 0.999),
         ("optim.lr", recipe.optim.lr, 0, float("inf")),

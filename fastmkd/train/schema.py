@@ -40,6 +40,9 @@ class DataRecipe:
         validation_fraction: holds out this share of the training pictures and tests on them instead of the test
             pictures, to choose settings without looking at those; null for the final runs.
         limit: train on this many pictures only, the first of a fixed shuffle; null takes all.
+        label_fraction: train on this share of what is left of them, as many pictures of each class (at least one), as
+            if no other had a label; null takes all. A smaller share is a part of a larger one.
+        subset_seed: chooses those; not the run's seed, so that all runs of a comparison see the same pictures.
         mean: per channel, to normalise with; null takes the set's own.
         std: per channel, to normalise with; null takes the set's own.
     """
@@ -54,6 +57,8 @@ class DataRecipe:
     test_fraction: float = 0.2
     validation_fraction: float | None = None
     limit: int | None = None
+    label_fraction: float | None = None
+    subset_seed: int = 0
     mean: list[float] | None = None
     std: list[float] | None = None
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
 from tiny_vits import TARGETS, kl, pictures, tiny
 
 from fastmkd import MaskedKD, MaskedViT
@@ -65,3 +66,38 @@ def test_both_heads_of_a_distilled_student():
     method(pictures(), TARGETS).loss.backward()
     learnt = {name for name, p in student.named_parameters() if p.grad is not None}
     assert learnt == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
+@pytest.mark.parametrize("kind", [VisionTransformer, VisionTransformerDistilled])
+def test_batch_norm_before_the_classifier(kind):
+    """As written by hand; what is saved or released computes the same without it."""
+    student, images = tiny(0, kind), pictures()
+    keys, head = list(student.state_dict()), student.head
+    method = Supervised(student, linear_probe=True, batch_norm=True).train()
+    torch.testing.assert_close(method.eval()(images, TARGETS).student_output, masked_vit_forward(student, images))
+    features = student.forward_head(student.forward_features(images), pre_logits=True)
+    if kind is VisionTransformer:
+        normed = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-6).sqrt()
+        logits = method.train()(images, TARGETS).student_output
+        torch.testing.assert_close(logits, normed @ head.weight.T + head.bias)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
+    for _ in range(3):
+        method.train()(images, TARGETS).loss.backward()
+        optimizer.step()
+    expected = method.eval()(images, TARGETS).student_output
+    bare = method.bare_weights(student.state_dict())
+    assert sorted(bare) == sorted(keys)
+    assert method.release() is method.release() is student
+    assert list(student.state_dict()) == keys
+    assert student.head is head
+    assert all(torch.equal(value, bare[name]) for name, value in student.state_dict().items())
+    torch.testing.assert_close(student.eval()(images), expected)
+
+
+def test_batch_norm_is_refused_where_it_means_nothing():
+    with pytest.raises(ValueError, match="batch_norm is true and linear_probe is not"):
+        Supervised(tiny(0), batch_norm=True)
+    student = tiny(0)
+    student.head = torch.nn.Linear(student.num_features, 3, bias=False)
+    with pytest.raises(ValueError, match="batch_norm needs a linear classifier with a bias"):
+        Supervised(student, linear_probe=True, batch_norm=True)

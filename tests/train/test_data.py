@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastmkd.train.augment import Finisher, picture_transform, shift_and_flip
-from fastmkd.train.data import DEBIAN_FASHION_MNIST, load_data, stratified_split
+from fastmkd.train.data import DEBIAN_FASHION_MNIST, balanced_subset, load_data, stratified_split
 from fastmkd.train.errors import UserError
 from fastmkd.train.idx import read_idx
 from fastmkd.train.loading import Loader, epoch_plan, eval_plan
@@ -192,6 +192,56 @@ def test_validation_pictures_come_out_of_the_training_part():
     test = bytes_of(whole.test) - bytes_of(whole.train)  # a few digits are there twice
     assert not test & bytes_of(held_out.test)
     assert not test & bytes_of(held_out.train)
+
+
+def digits(**keys) -> TensorPictures:
+    pictures = load_data(DataRecipe(name="digits", **keys)).train
+    assert isinstance(pictures, TensorPictures)
+    return pictures
+
+
+def test_a_share_of_the_labels_is_the_same_number_of_each_class():
+    """1,438 training digits: 1.4 of a class are 1, 14.4 are 14, 71.9 are 72."""
+    parts = [digits(label_fraction=share) for share in (0.001, 0.01, 0.1, 0.5)]
+    assert [part.labels.bincount().tolist() for part in parts] == [[n] * 10 for n in (1, 1, 14, 72)]
+    assert torch.equal(digits(label_fraction=0.1).images, parts[2].images)
+    names = [{image.numpy().tobytes() for image in part.images} for part in parts]
+    assert names[0] == names[1] < names[2] < names[3]  # a smaller share is a part of a larger one
+    other = digits(label_fraction=0.1, subset_seed=1)
+    assert other.labels.bincount().tolist() == [14] * 10
+    assert not torch.equal(other.images, parts[2].images)
+
+
+def test_a_share_of_the_labels_is_of_what_limit_and_validation_leave():
+    assert digits(label_fraction=0.5, limit=400).labels.bincount().tolist() == [20] * 10
+    limited = {image.numpy().tobytes() for image in digits(limit=400).images}
+    assert {image.numpy().tobytes() for image in digits(label_fraction=0.5, limit=400).images} <= limited
+    left = digits(validation_fraction=0.5)
+    chosen = digits(validation_fraction=0.5, label_fraction=0.1)
+    assert chosen.labels.bincount().tolist() == [round(len(left) / 100)] * 10
+    assert {image.numpy().tobytes() for image in chosen.images} <= {image.numpy().tobytes() for image in left.images}
+    whole, part = (load_data(DataRecipe(name="digits", label_fraction=share)) for share in (None, 0.1))
+    assert torch.equal(part.test.images, whole.test.images)
+
+
+def test_a_class_with_too_few_pictures_is_named():
+    labels = torch.tensor([0] * 9 + [1] * 2 + [2] * 9)
+    assert labels[balanced_subset(labels, ["cat", "dog", "owl"], 0.3, 0)].bincount().tolist() == [2, 2, 2]
+    with pytest.raises(UserError, match=r"0\.5, which takes 3 of the 20 .* 3 classes, but dog has 2; choose"):
+        balanced_subset(labels, ["cat", "dog", "owl"], 0.5, 0)
+    with pytest.raises(UserError, match=r"takes 1 of the 20 .* 4 classes, but yak has 0"):
+        balanced_subset(labels, ["cat", "dog", "owl", "yak"], 0.01, 0)
+    even = torch.arange(20) % 4
+    assert torch.equal(balanced_subset(even, list("abcd"), 1.0, 0), torch.arange(20))
+
+
+def test_a_share_of_a_folder_opens_no_picture(tmp_path):
+    for path in (root := make_folder(tmp_path / "set")).rglob("*.png"):
+        path.write_bytes(b"no picture")
+    source = load_data(DataRecipe(name="imagefolder", root=str(root), label_fraction=0.5))
+    assert source.train.labels.tolist() == [0, 0, 1, 1]
+    assert [path.parent.name for path in source.train.paths] == ["cat", "cat", "dog", "dog"]
+    assert len(source.test) == 8
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -169,6 +169,32 @@ def test_layer_decay_and_weight_decay_groups():
     assert decay[id(student.head.bias)] == decay[id(student.pos_embed)] == decay[id(student.cls_token)] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("vit_tiny_patch16_224", ["cls_token", "pos_embed", "patch_embed.proj.weight"]),
+        ("deit_tiny_distilled_patch16_224", ["cls_token", "dist_token", "pos_embed"]),
+        ("deit3_small_patch16_224", ["cls_token", "pos_embed"]),
+        ("beit_base_patch16_224", ["cls_token", "patch_embed.proj.weight"]),
+        ("eva02_tiny_patch14_224", ["cls_token", "pos_embed"]),
+        ("cait_xxs24_224", ["cls_token", "pos_embed"]),
+    ],
+)
+def test_rates_fall_from_the_head_down_in_every_family(name, stem):
+    """The stem learns at decay^(depth + 1), block i at decay^(depth - i), the head at the full rate, as in MAE."""
+    with torch.device("meta"):
+        student = timm.create_model(name, depth=4, num_classes=10)
+    optimizer = build_optimizer(OptimRecipe(lr=1.0, layer_decay=0.5), student, nn.ModuleDict(), 8)
+    build_schedule(ScheduleRecipe(epochs=4, warmup_epochs=1, warmup_lr=0.0), optimizer, 10).step_update(10)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(student.named_parameters())
+    assert len(rate) == len(parameters)
+    assert {rate[id(parameters[key])] for key in stem} == {0.5**5}
+    for i, block in enumerate(student.blocks):
+        assert {rate[id(p)] for p in block.parameters()} == {0.5 ** (4 - i)}
+    assert {rate[id(p)] for key, p in parameters.items() if key.startswith("head")} == {1.0}
+
+
 def test_frozen_parameters_are_left_out_and_nothing_is_an_error():
     student = small()
     student.head.requires_grad_(False)

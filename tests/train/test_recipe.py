@@ -28,6 +28,14 @@ def test_options_win_over_the_file_and_changes_over_both(tmp_path):
     assert recipe.ema.decay == 0.5
 
 
+def test_other_defaults_give_way_to_the_file(tmp_path):
+    defaults = {"optim.lr": 0.7, "optim.name": "sgd", "student.kwargs": {"depth": 3}, "seed": 8, "name": "1e3"}
+    recipe = load_recipe(write(tmp_path, "optim: {lr: 0.1}"), ["--student.kwargs.num_heads=2"], defaults=defaults)
+    assert (recipe.optim.lr, recipe.optim.name, recipe.seed, recipe.name) == (0.1, "sgd", 8, "1e3")
+    assert recipe.student.kwargs == {"depth": 3, "num_heads": 2}
+    assert defaults["student.kwargs"] == {"depth": 3}
+
+
 @pytest.mark.parametrize("text", ["method: MaskedKD", "method: {class_path: fastmkd.MaskedKD}"])
 def test_method_by_name_or_path_and_its_arguments_as_options(tmp_path, text):
     recipe = load_recipe(write(tmp_path, text), ["--method.init_args.keep_ratio=0.25"])
@@ -114,11 +122,13 @@ def test_identity_ignores_where_and_how_but_not_what():
         ([], ""),
         (["--method.linear_probe=true"], "method.init_args.linear_probe is False there and True here"),
         (["--student.backbone=x"], "student.backbone is None there and 'x' here"),
+        (["--data.label_fraction=0.1"], "data.label_fraction is None there and 0.1 here"),
     ],
 )
 def test_a_run_older_than_a_key_had_its_default(options, said):
     old = identity(load_recipe(options=["--method=Supervised"]))
-    for key in ("method.init_args.linear_probe", "student.backbone"):
+    arguments = [f"method.init_args.{name}" for name in ("linear_probe", "batch_norm")]
+    for key in (*arguments, "student.backbone", "data.label_fraction", "data.subset_seed"):
         del old[key]
     old["method.init_args"] = {}  # as a group without keys is kept
     now = load_recipe(options=["--method=Supervised", *options])

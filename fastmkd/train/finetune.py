@@ -1,0 +1,148 @@
+"""``fastmkd finetune`` and ``fastmkd probe``: what a network has learnt, put to use on labels.
+
+Both train a recipe like any other: `fastmkd.Supervised` with `student.backbone`. Only the defaults differ, which are
+those of MAE (Appendix A.1); every key is still an option, and the run goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from .build import describe
+from .commands import report
+from .errors import UserError
+from .recipe import flatten, load_recipe, recipe_from_dict, recipe_parser
+from .rundir import RunDir
+from .schema import Recipe
+
+__all__ = ["DEFAULTS", "finetune", "probe", "tuning_recipe"]
+
+SUPERVISED = "fastmkd.methods.supervised.Supervised"
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "finetune": {  # MAE, Table 9
+        "method": {"class_path": SUPERVISED},
+        "optim.name": "adamw",
+        "optim.lr": 1e-3,
+        "optim.lr_images": 256,
+        "optim.weight_decay": 0.05,
+        "optim.layer_decay": 0.75,
+        "schedule.epochs": 100,
+        "schedule.warmup_epochs": 5.0,
+        "schedule.warmup_lr": 0.0,
+        "schedule.min_lr": 1e-6,
+        "augment.mixup": 0.8,
+        "augment.cutmix": 1.0,
+        "augment.label_smoothing": 0.1,
+    },
+    "probe": {  # MAE, Table 10
+        "method": {"class_path": SUPERVISED, "init_args": {"linear_probe": True, "batch_norm": True}},
+        "optim.name": "sgd",
+        "optim.lr": 0.1,
+        "optim.lr_images": 256,
+        "optim.weight_decay": 0.0,
+        "schedule.epochs": 90,
+        "schedule.warmup_epochs": 10.0,
+        "schedule.warmup_lr": 0.0,
+        "schedule.min_lr": 0.0,
+    },
+}
+DROP_PATH = 0.1  # fine-tuning, of these families of timm
+VITS = ("vision_transformer", "deit", "beit", "eva", "cait")
+# What pictures bear is a matter of the data; how much they are mixed is one of the task.
+KEPT_AUGMENT = ("crop", "pad", "scale", "flip")
+
+
+def tuning_recipe(command: Literal["finetune", "probe"], source: str | Path, options: Sequence[str] = ()) -> Recipe:
+    """Makes the recipe that fine-tunes or probes a network.
+
+    Args:
+        command: whose defaults.
+        source: folder of a finished run, which gives seed, data, crops and flips, and the student; or a file of
+            weights, with student.name among the options.
+        options: command-line options of the recipe; they win.
+
+    Raises:
+        UserError: the run has not finished, the source is neither, the student has no name, or an option is wrong.
+    """
+    source, defaults = Path(source), dict(DEFAULTS[command])
+    if source.is_dir():
+        defaults |= _of_run(RunDir(source))
+        defaults |= {"name": f"{source.resolve().name}-{command}", "run.root": str(source.parent)}
+    elif source.suffix in (".yaml", ".yml"):
+        raise UserError(
+            f"{source} is a recipe; train it, then give the folder of its run: fastmkd {command} runs/NAME."
+        )
+    elif source.is_file():
+        defaults |= {"name": f"{source.stem}-{command}", "student.name": None, "student.backbone": str(source)}
+    else:
+        raise UserError(f"{source} does not exist; give the folder of a finished run, or a file of weights.")
+    recipe = load_recipe(options=options, defaults=defaults)
+    if not recipe.student.name:
+        raise UserError(
+            f"student.name is not given, and {source} does not say which network it is of; give --student.name (and "
+            "--student.kwargs), or the folder of the run that made it."
+        )
+    if command == "finetune" and _takes_drop_path(recipe.student.name):
+        recipe.student.kwargs.setdefault("drop_path_rate", DROP_PATH)
+    return recipe
+
+
+def _of_run(run: RunDir) -> dict[str, Any]:
+    stored = describe(run)["recipe"]
+    recipe = recipe_from_dict({key: stored[key] for key in ("seed", "data", "student", "augment")})
+    kwargs = {key: value for key, value in recipe.student.kwargs.items() if key != "num_classes"}  # a new classifier
+    return {
+        "seed": recipe.seed,
+        "student.name": recipe.student.name,
+        "student.kwargs": kwargs,
+        "student.backbone": str(run.weights),
+        **flatten({"data": asdict(recipe.data)}),
+        **{f"augment.{name}": getattr(recipe.augment, name) for name in KEPT_AUGMENT},
+    }
+
+
+def _takes_drop_path(name: str) -> bool:
+    from timm.models import is_model_in_modules
+
+    return is_model_in_modules(name, VITS)
+
+
+def finetune(argv: Sequence[str]) -> int:
+    """``fastmkd finetune RUN|WEIGHTS [--key=value ...]``: trains all of a network on labels.
+
+    Args:
+        argv: after the command's name.
+
+    Raises:
+        UserError: see `tuning_recipe` and `fastmkd.train.engine.train`.
+    """
+    return _command("finetune", argv)
+
+
+def probe(argv: Sequence[str]) -> int:
+    """``fastmkd probe RUN|WEIGHTS [--key=value ...]``: trains a linear classifier on a frozen network.
+
+    Args:
+        argv: after the command's name.
+
+    Raises:
+        UserError: see `tuning_recipe` and `fastmkd.train.engine.train`.
+    """
+    return _command("probe", argv)
+
+
+def _command(command: Literal["finetune", "probe"], argv: Sequence[str]) -> int:
+    from .engine import train
+
+    usage = f"fastmkd {command} RUN|WEIGHTS"
+    if not argv or argv[0] in ("-h", "--help"):
+        recipe_parser(usage, DEFAULTS[command]).print_help()
+        return 0 if argv else 2
+    if argv[0].startswith("-"):
+        raise UserError(f"the run must come before {argv[0]}: {usage} --key=value.")
+    report(train(tuning_recipe(command, argv[0], argv[1:])))
+    return 0
