@@ -2,12 +2,14 @@
 
 from .base import DistillMethod, DistillOutput, Panel
 from .dino import MaskedDINO
+from .dmae import DMAE
 from .dpk import DPK
 from .feature_kd import FeatureKD
 from .maskedkd import MaskedKD
 from .supervised import Supervised
 
 __all__ = [
+    "DMAE",
     "DPK",
     "DistillMethod",
     "DistillOutput",

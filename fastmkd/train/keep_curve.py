@@ -17,7 +17,7 @@ from .answers import kept_patches
 from .augment import Finisher
 from .build import Setup, open_run
 from .checkpoint import atomic_write
-from .engine import make_accelerator
+from .accelerator import make_accelerator
 from .errors import UserError
 from .evaluate import evaluate
 from .loading import Loader

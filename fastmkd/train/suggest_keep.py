@@ -27,7 +27,8 @@ from .augment import Finisher
 from .build import Setup, assemble
 from .checkpoint import atomic_write
 from .cost import vit_macs
-from .engine import make_accelerator, train
+from .accelerator import make_accelerator
+from .engine import train
 from .errors import UserError
 from .loading import Loader
 from .models import load_weights
