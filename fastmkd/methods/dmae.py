@@ -187,9 +187,7 @@ class DMAE(DistillMethod):
         if isinstance(vit.model.norm, nn.Identity):
             # A ViT that averages patches has its norm behind the average; MAE's encoder has one for every token.
             self.heads["norm"] = nn.LayerNorm(vit.embed_dim, eps=1e-6)
-        self.heads["decoder"] = MAEDecoder(
-            vit.embed_dim, weight[0].numel(), prefix, grid, width, depth, num_heads
-        )
+        self.heads["decoder"] = MAEDecoder(vit.embed_dim, weight[0].numel(), prefix, grid, width, depth, num_heads)
         if self.layers:
             target = self._teacher_vit.embed_dim
             self.heads["project"] = nn.ModuleList(projection_head(head, vit.embed_dim, target) for _ in self.layers)
@@ -318,11 +316,12 @@ class DMAE(DistillMethod):
         last = len(blocks_of(self._student_vit)) - 1
         blocks = (*(layer - 1 for layer, _ in self.layers), last)
         outputs = observe_blocks(self._student_vit, images, keep, blocks).tokens
-        norm = self.heads["norm"] if "norm" in self.heads else self._student_vit.model.norm
-        return outputs, norm(outputs[last])
+        if "norm" in self.heads:
+            return outputs, self.heads["norm"](outputs[last])
+        return outputs, self._student_vit.model.norm(outputs[last])
 
     def _differences(self, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> list[Tensor]:
-        """For each pair of layers ``(B, c + k, D_T)``: absolute or squared differences, c common prefix tokens first."""
+        """For each pair of layers absolute or squared differences ``(B, c + k, D_T)``, c common prefix tokens first."""
         own, other = self._student_vit, self._teacher_vit
         common = common_prefix(own, other)
         found = []

@@ -1,4 +1,4 @@
-r"""What masked autoencoders do besides running a ViT: draw the mask, put tokens back, compare pixels (MAE; DMAE, Eq. 1).
+"""What masked autoencoders do besides running a ViT: draw masks, put tokens back, compare pixels (MAE; DMAE, Eq. 1).
 
 Pixels of a patch are in the order of the public MAE: row, column, channel.
 """
@@ -48,8 +48,7 @@ def count_hidden(mask_ratio: float, grid: tuple[int, int]) -> int:
         left = "hidden" if hidden <= 0 else "visible"
         raise ValueError(
             f"mask_ratio is {mask_ratio}, which leaves no {left} patch of the {patches} in a {grid[0]} x {grid[1]} "
-            f"grid; expected a share from {1 / patches:.2g} to {1 - 1 / patches:.2g}, or take larger images or smaller "
-            "patches."
+            "grid; at least one of each is needed. Change mask_ratio, or take larger images or smaller patches."
         )
     return hidden
 

@@ -1,4 +1,4 @@
-"""The batch that made a loss infinite or NaN, kept for a look: made again from its position, for no step waits for it."""
+"""The batch that made a loss infinite or NaN, kept for a look; made again from its position, so that no step waits."""
 
 from __future__ import annotations
 

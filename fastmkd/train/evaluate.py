@@ -1,4 +1,4 @@
-"""What a run is judged by, on any number of processes: accuracy on the test set, or the loss of a pre-training there."""
+"""What a run is judged by, on any number of processes: accuracy on the test set, or a pre-training's loss there."""
 
 from __future__ import annotations
 

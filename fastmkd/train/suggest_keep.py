@@ -23,11 +23,11 @@ from torch import Tensor
 from ..methods.maskedkd import MaskedKD
 from ..methods.strategies import ExternalSaliency, Random, Scores
 from ..ops import select_tokens
+from .accelerator import make_accelerator
 from .augment import Finisher
 from .build import Setup, assemble
 from .checkpoint import atomic_write
 from .cost import vit_macs
-from .accelerator import make_accelerator
 from .engine import train
 from .errors import UserError
 from .loading import Loader

@@ -34,8 +34,8 @@ def losses(method: Any, images: Tensor, keep: Tensor) -> dict[str, Tensor]:
     student, decoder, p = method.student, method.heads["decoder"], method.patch_size
     B, k = keep.shape
     outputs = masked_vit_intermediates(student, images, keep)
-    norm = method.heads["norm"] if "norm" in method.heads else student.norm
-    tokens = decoder.embed(norm(outputs[-1]))
+    own_norm = isinstance(student.norm, torch.nn.Identity)
+    tokens = decoder.embed((method.heads["norm"] if own_norm else student.norm)(outputs[-1]))
     prefix = tokens.shape[1] - k
     target = patchify(images, p)
     N = target.shape[1]

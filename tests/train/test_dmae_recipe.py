@@ -1,4 +1,4 @@
-"""MAE and DMAE by recipe: judged by their loss, resumed to the bit, shown with their decoder, exported as a bare ViT."""
+"""MAE and DMAE by recipe: judged by their loss, resumed to the bit, shown with the decoder, exported as a bare ViT."""
 
 from __future__ import annotations
 
@@ -129,7 +129,12 @@ def test_resume_is_exact(dmae, monkeypatch):
 
 def test_a_pretrained_backbone_is_fine_tuned(dmae):
     train(load_recipe("mae.yaml"))
-    options = ["--name=tuned", "--method=Supervised", "--student.backbone=runs/mae/model.safetensors", "--ema.decay=0.9"]
+    options = [
+        "--name=tuned",
+        "--method=Supervised",
+        "--student.backbone=runs/mae/model.safetensors",
+        "--ema.decay=0.9",
+    ]
     assert "top1" in train(load_recipe("teacher.yaml", [*options, "--student.kwargs.depth=2"]))
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastmkd.methods.strategies import ExternalSaliency, Random
+from fastmkd.train.accelerator import make_accelerator
 from fastmkd.train.build import Setup, assemble
 from fastmkd.train.checkpoint import save_tensors
-from fastmkd.train.accelerator import make_accelerator
 from fastmkd.train.engine import Trainer, train
 from fastmkd.train.meter import Meter
 from fastmkd.train.recipe import load_recipe
