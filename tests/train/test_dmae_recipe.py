@@ -102,7 +102,7 @@ def test_the_loss_that_is_shown_is_that_of_the_pictures(dmae):
     for number, index in enumerate(torch.arange(len(test.labels)).split(100)):
         seed_all(recipe.seed, "test", number, 0)
         out = setup.method.eval()(finish(test.images[index], test.labels[index])[0])
-        total += float(out.loss) * len(index)
+        total += out.loss.item() * len(index)
     assert result["loss"] == pytest.approx(total / 359, rel=1e-5)
     assert result["images"] == 359
 
