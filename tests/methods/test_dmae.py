@@ -278,6 +278,18 @@ def test_a_compiled_teacher(monkeypatch):
     torch._dynamo.reset()
 
 
+def test_the_whole_step_compiles_to_one_graph():
+    torch._dynamo.reset()
+    counter, method = CompileCounterWithBackend("eager"), copy.deepcopy(make()).float()
+    torch.manual_seed(7)
+    expected = method(pictures().float()).loss
+    torch.manual_seed(7)
+    found = torch.compile(method, backend=counter, fullgraph=True)(pictures().float()).loss
+    assert counter.frame_count == 1
+    torch.testing.assert_close(found, expected)
+    torch._dynamo.reset()
+
+
 def test_gradient_checkpointing_and_dropout():
     method = make({"drop_path_rate": 0.3, "proj_drop_rate": 0.2})
     twin = copy.deepcopy(method)

@@ -1,4 +1,4 @@
-"""A step of MaskedKD or DMAE asks the device for no number. Tensors without values have none; whoever asks one fails."""
+"""A step of MaskedKD or DMAE asks the device for no number: tensors without values have none, so whoever asks fails."""
 
 from __future__ import annotations
 
