@@ -17,11 +17,14 @@ NAMES = {
     "DeiT-Ti": "deit_tiny_patch16_224",
     "DeiT-S": "deit_small_patch16_224",
     "DeiT-B": "deit_base_patch16_224",
+    "ViT-S": "vit_small_patch16_224",
+    "ViT-B": "vit_base_patch16_224",
+    "ViT-L": "vit_large_patch16_224",
 }
 
 
 def vit(name: str, setting: Setting) -> nn.Module:
-    """A DeiT with random weights in float32, in eval mode on the setting's device.
+    """A DeiT or ViT with random weights in float32, in eval mode on the setting's device.
 
     Args:
         name: one of `NAMES`.

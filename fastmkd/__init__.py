@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import show_config
-    from .methods import DPK, DistillOutput, MaskedKD, Supervised
+    from .methods import DMAE, DPK, DistillOutput, MaskedKD, Supervised
     from .metrics import MinibatchCKA, cka_matrix, compare, hsic1
     from .nn import (
         MaskedConv2d,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .ops.select_tokens import select_tokens
 
 _HOME = {
+    "DMAE": "methods",
     "DPK": "methods",
     "DistillOutput": "methods",
     "MaskedConv2d": "nn",
@@ -56,6 +57,7 @@ _HOME = {
 _ROOMS = ("kernels", "methods", "metrics", "nn", "ops", "reference", "train")
 
 __all__ = [
+    "DMAE",
     "DPK",
     "DistillOutput",
     "MaskedConv2d",

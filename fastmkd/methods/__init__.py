@@ -2,6 +2,7 @@
 
 from .base import DistillMethod, DistillOutput, Panel
 from .dino import MaskedDINO
+from .dmae import DMAE
 from .dpk import DPK
 from .feature_kd import FeatureKD
 from .maskedkd import MaskedKD
@@ -9,6 +10,7 @@ from .moco import MoCoV3
 from .supervised import Supervised
 
 __all__ = [
+    "DMAE",
     "DPK",
     "DistillMethod",
     "DistillOutput",

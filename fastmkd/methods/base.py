@@ -24,7 +24,7 @@ class DistillOutput(NamedTuple):
     Attributes:
         loss: scalar to call ``backward()`` on.
         terms: the parts of the loss before weighting, by name; detached scalars for logging.
-        student_output: what the student predicted, ``(B, classes)`` logits for classifiers.
+        student_output: what the student predicted: ``(B, classes)`` logits, or pixels in pre-training.
 
     Example:
         >>> loss, terms, logits = DistillOutput(torch.zeros(()), {}, torch.zeros(1, 2))
@@ -69,6 +69,10 @@ class DistillMethod(nn.Module):
         teacher: the network to learn from, or None.
         teacher_device: keeps the teacher on this device; None lets it move with the method.
 
+    Attributes:
+        pretrains: whether the student leaves without a classifier that has learnt anything. Such a method needs no
+            targets and is judged by its own loss on test pictures.
+
     Raises:
         TypeError: `student` or `teacher` is not a module.
         ValueError: `student` and `teacher` are the same object.
@@ -79,6 +83,7 @@ class DistillMethod(nn.Module):
         ['student.bias', 'student.weight']
     """
 
+    pretrains: bool = False
     student: nn.Module
     teacher: nn.Module | None
     heads: nn.ModuleDict

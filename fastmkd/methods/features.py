@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..metrics.comparison import layer_names
 from ..nn.vit import MaskedViT
 
-__all__ = ["Features", "check_layers", "input_shape", "observe_maps", "probe"]
+__all__ = ["Features", "check_layers", "eval_mode", "input_shape", "observe_maps", "probe"]
 
 
 class Features(NamedTuple):
@@ -90,16 +90,35 @@ def probe(model: nn.Module, role: str, layers: Sequence[str], shape: tuple[int, 
         torch.Size([1, 8, 7, 7])
     """
     weight = next(model.parameters())
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        return observe_maps(model, torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype), layers)
+        with eval_mode(model):
+            return observe_maps(model, torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype), layers)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{role} does not take an image of {shape[1]} x {shape[2]} pixels ({reason}); give the size of the "
             "training images as image_size."
         ) from None
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Keeps a network in eval mode for a while; every part of it then has the mode it had.
+
+    Args:
+        model: the network.
+
+    Example:
+        >>> network = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with eval_mode(network):
+        ...     pass
+        >>> [part.training for part in network]
+        [True, False]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
         for module, training in modes:
             module.training = training

@@ -174,12 +174,15 @@ class MaskedViT(nn.Module):
         """
         blocks = list(self.model.blocks.children())
         wanted = _block_indices(indices, len(blocks))
+        last = max(wanted)
         x, rotations = self._embed(images, keep)
+        in_place = may_run_in_place(self.model, x)
+        mix = compiled_attention(self.model, x) if in_place else None
         outputs = []
-        for i, block in enumerate(blocks[: max(wanted) + 1]):
-            x = self._run_blocks([block], x, rotations)
+        for i, block in enumerate(blocks[: last + 1]):
+            x = run_block_in_place(block, x, mix) if in_place else self._run_blocks([block], x, rotations)
             if i in wanted:
-                outputs.append(x)
+                outputs.append(x.clone() if in_place and i < last else x)  # the next block would overwrite it
         return outputs
 
     def _embed(self, images: Tensor, keep: Tensor | None) -> Tokens:

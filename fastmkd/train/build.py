@@ -30,6 +30,7 @@ __all__ = [
     "build_method",
     "describe",
     "find_teacher",
+    "method_class",
     "open_run",
     "refuse_to_train",
     "teacher_recipe",
@@ -99,6 +100,11 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any], weights: str | Path
         load_weights(student, weights, "student")
     seed_all(recipe.seed, "method")
     method = build_method(recipe, student, teacher, source.image_size)
+    if method.pretrains and recipe.ema is not None:
+        raise UserError(
+            f"ema averages a student for its tests, and {type(method).__name__} tests what it pre-trains by its loss; "
+            "remove ema, or give it to the recipe that fine-tunes."
+        )
     description = {
         "recipe": dataclasses.asdict(recipe),
         "student": {"name": recipe.student.name, "kwargs": kwargs},
@@ -132,8 +138,7 @@ def build_method(
     Raises:
         UserError: the method refuses its arguments or the networks.
     """
-    module, _, name = recipe.method.class_path.rpartition(".")
-    kind = getattr(importlib.import_module(module), name)  # the parser has checked that it is a DistillMethod
+    kind = method_class(recipe)
     arguments = dict(recipe.method.init_args)
     if "image_size" in inspect.signature(kind).parameters and arguments.get("image_size") is None:
         arguments["image_size"] = image_size
@@ -143,8 +148,18 @@ def build_method(
         if isinstance(error, UserError):
             raise
         raise UserError(f"method {kind.__name__} does not fit: {error}") from error
-    assert isinstance(method, DistillMethod)
     return method
+
+
+def method_class(recipe: Recipe) -> type[DistillMethod]:
+    """Returns the class of a recipe's method.
+
+    Args:
+        recipe: names it.
+    """
+    module, _, name = recipe.method.class_path.rpartition(".")
+    kind: type[DistillMethod] = getattr(importlib.import_module(module), name)  # the parser has checked that it is one
+    return kind
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe | None:
@@ -250,7 +265,10 @@ def open_run(recipe: Recipe) -> Setup:
     run = RunDir(recipe.run_dir)
     if run.result() is None:
         raise UserError(f"{recipe.name} has no finished run in {run.path}; fastmkd train it first.")
-    return assemble(recipe, refuse_to_train, run.weights)
+    setup = assemble(recipe, refuse_to_train, run.weights)
+    if setup.method.pretrains:
+        load_weights(setup.method.heads, run.heads, "method's heads")
+    return setup
 
 
 def refuse_to_train(recipe: Recipe) -> None:

@@ -45,9 +45,11 @@ def report(result: dict[str, Any]) -> None:
     if not PartialState().is_main_process:
         return
     table = Table(title=result["name"], show_header=False)
+    scores = {"test loss": f"{result['loss']:.4f}"}
+    if "top1" in result:
+        scores = {f"test top-{k}": f"{result[f'top{k}']:.2f} %" for k in (1, 5)}
     rows = {
-        "test top-1": f"{result['top1']:.2f} %",
-        "test top-5": f"{result['top5']:.2f} %",
+        **scores,
         "epochs": str(result["epochs"]),
         "training speed": f"{result['images_per_second']:.0f} images/s",
         "update": f"{result['milliseconds_per_update']:.1f} ms",
@@ -64,17 +66,21 @@ def report(result: dict[str, Any]) -> None:
 def evaluate(argv: Sequence[str]) -> int:
     """``fastmkd eval RUN [--weights FILE] [--root FOLDER]``: tests the student of a finished run again.
 
+    After pre-training, whose student has no classifier yet, the loss on the test pictures.
+
     Args:
         argv: after the command's name.
     """
     from jsonargparse import ArgumentParser
 
+    from .accelerator import make_accelerator
     from .augment import Finisher
-    from .build import trained_student
+    from .build import method_class, open_run, trained_student
     from .data import load_data
-    from .engine import make_accelerator
     from .evaluate import evaluate as test
+    from .evaluate import evaluate_loss
     from .loading import Loader
+    from .models import load_weights
     from .recipe import recipe_from_dict
     from .rundir import RunDir
 
@@ -91,13 +97,19 @@ def evaluate(argv: Sequence[str]) -> int:
     accelerator = make_accelerator(recipe)
     loader = Loader(source.test, recipe.data, None, source.image_size, accelerator.device, recipe.seed)
     finish = Finisher(source.mean, source.std, source.num_classes)
-    size = recipe.data.eval_batch_size
-    scores = test(student.to(accelerator.device), loader, finish, len(source.test), size, accelerator)
+    how = (loader, finish, len(source.test), recipe.data.eval_batch_size, accelerator)
+    if method_class(recipe).pretrains:
+        recipe.run.dir = arguments.run
+        setup = open_run(recipe)
+        if arguments.weights is not None:
+            load_weights(setup.student, arguments.weights, "student")
+        scores = evaluate_loss(setup.method.to(accelerator.device), *how, recipe.seed)
+        said = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "images")
+    else:
+        scores = test(student.to(accelerator.device), *how)
+        said = f"top-1 {scores['top1']:.2f} %  top-5 {scores['top5']:.2f} %  loss {scores['loss']:.4f}"
     skipped = f", {len(loader.bad)} unreadable pictures skipped" if loader.bad else ""
-    accelerator.print(
-        f"top-1 {scores['top1']:.2f} %  top-5 {scores['top5']:.2f} %  loss {scores['loss']:.4f}  "
-        f"on {scores['images']:.0f} pictures{skipped}"
-    )
+    accelerator.print(f"{said}  on {scores['images']:.0f} pictures{skipped}")
     return 0
 
 

@@ -16,11 +16,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from .accelerator import make_accelerator
 from .augment import Finisher
+from .bad_batch import keep_bad_batch
 from .build import Setup, assemble
 from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint, save_tensors
 from .errors import UserError, shorten
-from .evaluate import evaluate
+from .evaluate import evaluate, evaluate_loss, summary
 from .interrupt import Interrupts, RunInterrupted
 from .loading import Batch, Loader, epoch_plan
 from .logs import RunLog
@@ -30,9 +32,9 @@ from .over_training import Snapshots
 from .rundir import RunDir
 from .schema import Recipe
 from .seeds import seed_all
-from .sharding import WholeCopy, name_units, settle_sharding, shard_like
+from .sharding import WholeCopy, name_units, shard_like
 
-__all__ = ["Trainer", "make_accelerator", "train"]
+__all__ = ["Trainer", "train"]
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -42,8 +44,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
         recipe: what to train. A teacher that comes from a recipe is trained first.
 
     Returns:
-        What ``result.json`` holds: ``top1``, ``top5``, ``loss``, ``epochs``, ``updates``, ``seconds``,
-        ``images_per_second``, ``milliseconds_per_update``, ``bad_pictures``, ``weights``.
+        What ``result.json`` holds: ``top1``, ``top5`` and ``loss`` on the test pictures (of a method that pre-trains
+        its loss and terms there), ``epochs``, ``updates``, ``seconds``, ``images_per_second``,
+        ``milliseconds_per_update``, ``bad_pictures``, ``weights``.
 
     Raises:
         UserError: the recipe or the data do not fit, the folder belongs to another run, or the loss is not finite.
@@ -59,35 +62,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
         accelerator.wait_for_everyone()
         done = run.result()
         if done is not None:
-            accelerator.print(f"{recipe.name}: finished before, in {run.path} (top-1 {done['top1']:.2f} %).")
+            accelerator.print(f"{recipe.name}: finished before, in {run.path} ({summary(done)}).")
             return done
         with Interrupts(enabled=accelerator.num_processes == 1) as interrupts:
             trainer = Trainer(setup, accelerator, run)
             result = trainer.run_all(interrupts)
         accelerator.free_memory()
         return result
-
-
-def make_accelerator(recipe: Recipe) -> Any:
-    """Returns an Accelerator with the recipe's device and precision.
-
-    Args:
-        recipe: its part `run` counts.
-
-    Raises:
-        UserError: the device cannot do the precision, or Accelerate is set to split networks in another way than FSDP2.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    # A teacher trained in the same process may have used another precision, which Accelerate remembers globally.
-    AcceleratorState._reset_state()
-    try:
-        accelerator = Accelerator(mixed_precision=recipe.run.precision, cpu=recipe.run.device == "cpu")
-    except ValueError as error:
-        raise UserError(f"run.precision is {recipe.run.precision!r}, which does not work here: {error}") from None
-    settle_sharding(accelerator)
-    return accelerator
 
 
 class Trainer:
@@ -105,7 +86,7 @@ class Trainer:
         self.student = setup.student
         world, accumulate = accelerator.num_processes, recipe.optim.accumulate
         self.images_per_update = recipe.data.batch_size * world * accumulate
-        self.updates_per_epoch = len(self._plan(0)) // accumulate
+        self.updates_per_epoch = len(self.plan(0)) // accumulate
         self.total = recipe.schedule.epochs * self.updates_per_epoch
         self.step = 0  # updates done
         self.bad: dict[str, str] = {}
@@ -141,7 +122,12 @@ class Trainer:
         self.snapshots = Snapshots(setup, run, self.test_loader, self.finish_test, accelerator)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
 
-    def _plan(self, epoch: int) -> Tensor:
+    def plan(self, epoch: int) -> Tensor:
+        """Returns which pictures each batch of an epoch takes on this process; see `epoch_plan`.
+
+        Args:
+            epoch: from 0.
+        """
         accelerator, recipe = self.accelerator, self.recipe
         return epoch_plan(
             len(self.setup.source.train),
@@ -180,7 +166,7 @@ class Trainer:
                 if last or (epoch + 1) % recipe.run.eval_every == 0:
                     scores = self.test()
                     log.numbers(self.step, epoch, {f"test.{name}": value for name, value in scores.items()})
-                    log.say(f"epoch {epoch + 1}/{recipe.schedule.epochs}  test top-1 {scores['top1']:.2f} %")
+                    log.say(f"epoch {epoch + 1}/{recipe.schedule.epochs}  test {summary(scores)}")
             self.snapshots.take(recipe.schedule.epochs)
             scores = scores or self.test()  # resumed after the last epoch
             bad = self._bad_pictures()
@@ -207,7 +193,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, meter: Meter, log: RunLog, interrupts: Interrupts) -> None:
         recipe, accumulate = self.recipe, self.recipe.optim.accumulate
         done = self.step - epoch * self.updates_per_epoch
-        batches = self.loader.batches(self._plan(epoch), epoch, start=done * accumulate)
+        batches = self.loader.batches(self.plan(epoch), epoch, start=done * accumulate)
         self.method.train()
         self.setup.method.set_epoch(epoch)
         meter.resume()
@@ -235,9 +221,7 @@ class Trainer:
         recipe, accelerator, accumulate = self.recipe, self.accelerator, self.recipe.optim.accumulate
         self.schedule.step_update(self.step)
         for micro in range(accumulate):
-            batch = next(batches)
-            seed_all(recipe.seed, "step", self.step, micro, accelerator.process_index)
-            images, targets = self.finish(*batch)
+            images, targets = self.finished(next(batches), self.step, micro)
             last = micro + 1 == accumulate
             with contextlib.nullcontext() if last else accelerator.no_sync(self.method):
                 with accelerator.autocast():
@@ -252,6 +236,17 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.student, step=self.step)
 
+    def finished(self, batch: Batch, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        """Returns images and targets as the method gets them; seeds what it draws, too.
+
+        Args:
+            batch: as read.
+            step: updates done before.
+            micro: which batch of the update.
+        """
+        seed_all(self.recipe.seed, "step", step, micro, self.accelerator.process_index)
+        return self.finish(*batch)
+
     def _log(self, meter: Meter, log: RunLog, epoch: int) -> None:
         values, speed = meter.flush()
         if not values:
@@ -261,19 +256,27 @@ class Trainer:
             raise UserError(
                 f"{shorten(broken)} is not finite (seen at update {self.step} of {self.total}): training has diverged. "
                 "Lower optim.lr, lengthen schedule.warmup_epochs or set optim.clip_grad; the last checkpoint is intact."
+                + keep_bad_batch(self, meter.losses, epoch)
             )
         rate = self.optimizer.param_groups[0]["lr"]
         log.numbers(self.step, epoch, {**{f"train.{k}": v for k, v in values.items()}, "lr": rate}, speed)
 
     def test(self) -> dict[str, float]:
-        """Returns the test scores of the moving average if there is one, else of the student; see `evaluate`."""
+        """Returns the test scores of the moving average if there is one, else of the student; see `evaluate`.
+
+        A method that pre-trains has its loss there instead, see `evaluate_loss`.
+        """
         model = self.student if self.ema is None else self.ema.module
         if self.accelerator.num_processes > 1 and not self.accelerator.is_fsdp2:
             for buffer in model.buffers():  # DDP lets running statistics differ until its next step
                 dist.broadcast(buffer, src=0)  # whose are saved
         count, size = len(self.setup.source.test), self.recipe.data.eval_batch_size
-        with self.whole(model) as whole:
-            scores = evaluate(whole, self.test_loader, self.finish_test, count, size, self.accelerator)
+        how = (self.test_loader, self.finish_test, count, size, self.accelerator)
+        if self.setup.method.pretrains:
+            scores = evaluate_loss(self.method, *how, self.recipe.seed)
+        else:
+            with self.whole(model) as whole:
+                scores = evaluate(whole, *how)
         if not scores["images"]:
             raise UserError(f"none of the {count} test pictures can be read.")
         return scores
@@ -361,15 +364,21 @@ class Trainer:
         self.step = checkpoint.step
 
     def _save_student(self) -> None:
-        """Writes the bare student (its moving average if there is one) with timm's keys."""
+        """Writes the bare student (its moving average if there is one) with timm's keys.
+
+        Of a method that pre-trains also its heads, without which its loss cannot be told again.
+        """
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         network = self.method if self.ema is None else self.ema.module
         weights: Any = get_model_state_dict(network, options=options)
+        heads = {key.removeprefix("heads."): v for key, v in weights.items() if key.startswith("heads.")}
         if self.ema is None:
             weights = {key.removeprefix("student."): v for key, v in weights.items() if key.startswith("student.")}
         if self.accelerator.is_main_process:
+            if self.setup.method.pretrains:
+                save_tensors(self.run.heads, heads)
             weights = self.setup.method.bare_weights(weights)
             save_tensors(self.run.weights, weights, {"format": "pt", "model": self.recipe.student.name})
         self.accelerator.wait_for_everyone()

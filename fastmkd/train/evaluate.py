@@ -1,7 +1,8 @@
-"""Top-1 and top-5 accuracy over a test set, on any number of processes."""
+"""What a run is judged by, on any number of processes: accuracy on the test set, or a pre-training's loss there."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from .augment import Finisher
 from .loading import Loader, eval_plan
+from .seeds import seed_all
 
-__all__ = ["count_hits", "evaluate"]
+__all__ = ["count_hits", "evaluate", "evaluate_loss", "summary"]
 
 
 def count_hits(logits: Tensor, targets: Tensor, top: tuple[int, ...] = (1, 5)) -> Tensor:
@@ -68,3 +70,63 @@ def evaluate(
     top1, top5, loss, images = sums.tolist()
     count = max(images, 1.0)
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "images": images}
+
+
+@torch.no_grad()
+def evaluate_loss(
+    method: nn.Module,
+    loader: Loader,
+    finish: Finisher,
+    num_pictures: int,
+    batch_size: int,
+    accelerator: Any,
+    seed: int,
+) -> dict[str, float]:
+    """Tests a method that pre-trains by its own loss; what it draws at random is the same each time.
+
+    Args:
+        method: a `fastmkd.methods.DistillMethod`, or what Accelerate made of one; its mode is restored.
+        loader: of the test pictures.
+        finish: normalises.
+        num_pictures: size of the test set.
+        batch_size: of one process.
+        accelerator: of Hugging Face Accelerate; gives autocast and sums over processes.
+        seed: of the run.
+
+    Returns:
+        ``loss`` and the terms of the method, means over pictures, and ``images``, how many could be read.
+    """
+    was_training, rank, world = method.training, accelerator.process_index, accelerator.num_processes
+    method.eval()
+    plan = eval_plan(num_pictures, batch_size, rank, world)
+    own = len(plan)
+    # A method whose weights are split needs all processes in each of its forward passes.
+    plan += plan[:1] * (math.ceil(math.ceil(num_pictures / world) / batch_size) - own)
+    sums: dict[str, Tensor] = {}
+    count = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for number, batch in enumerate(loader.batches(plan)):
+        seed_all(seed, "test", number, rank)
+        images, targets = finish(*batch)
+        with accelerator.autocast():
+            out = method(images, targets)
+        weight = len(images) if number < own else 0
+        for name, value in {"loss": out.loss, **out.terms}.items():
+            sums[name] = sums.get(name, 0) + value.double() * weight
+        count += weight
+    method.train(was_training)
+    totals = accelerator.reduce(torch.stack([*sums.values(), count]), reduction="sum").tolist()
+    images = totals.pop()
+    return {**{name: total / max(images, 1) for name, total in zip(sums, totals, strict=True)}, "images": images}
+
+
+def summary(scores: dict[str, Any]) -> str:
+    """Says in a few words what a run came to.
+
+    Args:
+        scores: from `evaluate` or `evaluate_loss`, perhaps among other things.
+
+    Example:
+        >>> summary({"top1": 71.5, "loss": 1.0}), summary({"loss": 0.25})
+        ('top-1 71.50 %', 'loss 0.2500')
+    """
+    return f"top-1 {scores['top1']:.2f} %" if "top1" in scores else f"loss {scores['loss']:.4f}"

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ..methods import MaskedKD
 from ..metrics.figures import write_table
 from ..nn.ragged import RaggedKeep
+from .accelerator import make_accelerator
 from .answers import kept_patches
 from .augment import Finisher
 from .build import Setup, open_run
 from .checkpoint import atomic_write
-from .engine import make_accelerator
 from .errors import UserError
 from .evaluate import evaluate
 from .loading import Loader

@@ -22,8 +22,9 @@ class Meter:
         self.accelerator = accelerator
         self.images = 0  # of the whole run, over all processes
         self.seconds = 0.0  # spent in training, without tests and checkpoints
+        self.losses: list[Tensor] = []  # of this process, of each batch that the last flush took in
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._losses: list[Tensor] = []
         self._window_images = 0
         self._window_seconds = 0.0
         self._since: float | None = None
@@ -39,7 +40,7 @@ class Meter:
         for name, value in {"loss": loss, **terms}.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += 1
+        self._losses.append(loss.detach())
         self._window_images += images
 
     def resume(self) -> None:
@@ -59,9 +60,9 @@ class Meter:
         Returns:
             Nothing and 0 if no batch was added since.
         """
-        if not self._count:
+        if not self._losses:
             return {}, 0.0
-        means = torch.stack(list(self._sums.values())) / self._count
+        means = torch.stack(list(self._sums.values())) / len(self._losses)
         values = self.accelerator.reduce(means, reduction="mean").tolist()
         result = dict(zip(self._sums, values, strict=True))
         running = self._since is not None
@@ -69,7 +70,8 @@ class Meter:
         speed = self._window_images / max(self._window_seconds, 1e-9)
         self.images += self._window_images
         self.seconds += self._window_seconds
-        self._sums, self._count, self._window_images, self._window_seconds = {}, 0, 0, 0.0
+        self.losses = self._losses
+        self._sums, self._losses, self._window_images, self._window_seconds = {}, [], 0, 0.0
         if running:
             self.resume()
         return result, speed

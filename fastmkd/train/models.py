@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +111,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise UserError(f"the weights {path} are cut off or damaged ({error}); get the file again.") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # The arguments of a run, which MAE's, DeiT's and DINO's checkpoints hold, are plain values and no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip, EOF, runtime and value errors for one broken file or another
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise UserError(
@@ -138,7 +142,14 @@ def load_weights(model: nn.Module, path: str | Path, role: str, classifier: bool
     Raises:
         UserError: keys or shapes differ (all are listed, up to a few of each kind), or the file cannot be read.
     """
+    from .mae_checkpoint import lacks_classifier, load_encoder
+
     state, own = read_state_dict(path), model.state_dict()
+    if lacks_classifier(state):
+        left_out = load_encoder(model, state, path, role, classifier).left_out
+        if left_out:
+            warnings.warn(f"of {path} the {role} did not take {shorten(left_out)}.", stacklevel=2)
+        return
     if not classifier:
         last = {id(p) for layer in classifier_of(model) for p in layer.parameters()}
         state |= {name: own[name] for name, p in model.named_parameters() if id(p) in last}

@@ -174,8 +174,9 @@ def figure_over_training(snapshots: Sequence[Snapshot], classes: Sequence[str], 
         title: over the picture.
     """
     last = snapshots[-1]
-    shown = [number for number, panel in enumerate(last.panels) if panel.kind != "image"]
-    inputs = next(panel for panel in last.panels if panel.kind == "image")
+    first = next(number for number, panel in enumerate(last.panels) if panel.kind == "image")
+    inputs = last.panels[first]
+    shown = [number for number in range(len(last.panels)) if number != first]
     pictures, kinds = min(count, len(last.targets)), len(shown)
     figure = new_figure(1.15 * (1 + len(snapshots)) + 1.6, 1.15 * pictures * kinds + 1.0)
     axes = figure.subplots(pictures * kinds, 1 + len(snapshots), squeeze=False)

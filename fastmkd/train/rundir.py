@@ -1,7 +1,8 @@
 """The folder of a run: whose it is, who works in it now, and what came out.
 
 Files: ``recipe.json`` (what the run is), ``lock``, ``checkpoints/``, ``metrics.csv``, ``tensorboard/``, ``panels/``,
-``model.safetensors`` (the student, with timm's keys) and ``result.json`` (written last).
+``model.safetensors`` (the student, with timm's keys), ``heads.safetensors`` (after pre-training, what its method
+trained beside the student), ``bad_batch_0.safetensors`` (what made the loss NaN) and ``result.json`` (written last).
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class RunDir:
     def weights(self) -> Path:
         """The trained student."""
         return self.path / "model.safetensors"
+
+    @property
+    def heads(self) -> Path:
+        """What a method that pre-trains has trained beside the student."""
+        return self.path / "heads.safetensors"
 
     @property
     def panels(self) -> Path:

@@ -64,7 +64,8 @@ def sheet_of(setup: Setup, count: int) -> tuple[list[Panel], list[str]]:
     setup.method.eval()
     with torch.no_grad():
         panels = to_pixels(setup.method.pictures(images), source.mean, source.std)
-        answers = setup.student(images).argmax(1)
+        # A classifier that was not trained has no answers worth showing.
+        answers = targets if setup.method.pretrains else setup.student(images).argmax(1)
     captions = []
     for target, answer in zip(targets.tolist(), answers.tolist(), strict=True):
         wrong = "" if target == answer else f"\n(student: {source.classes[answer]})"

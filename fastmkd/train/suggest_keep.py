@@ -23,11 +23,12 @@ from torch import Tensor
 from ..methods.maskedkd import MaskedKD
 from ..methods.strategies import ExternalSaliency, Random, Scores
 from ..ops import select_tokens
+from .accelerator import make_accelerator
 from .augment import Finisher
 from .build import Setup, assemble
 from .checkpoint import atomic_write
 from .cost import vit_macs
-from .engine import make_accelerator, train
+from .engine import train
 from .errors import UserError
 from .loading import Loader
 from .models import load_weights

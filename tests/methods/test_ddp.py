@@ -13,7 +13,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmkd.methods import DPK, MaskedDINO, MaskedKD
+from fastmkd.methods import DMAE, DPK, MaskedDINO, MaskedKD
 from fastmkd.methods.moco import contrastive_loss
 from fastmkd.methods.dpk_ratio import CkaGap
 
@@ -77,6 +77,31 @@ torch.testing.assert_close(found, whole(images, targets).terms["ratio"])
 assert 0 < found < 1
 
 images, targets, mine = images[:4], targets[:4], slice(2 * rank, 2 * rank + 2)
+
+# DMAE: classifier and pool are frozen, everything else gets the gradient of the whole batch.
+def dmae(seed, pool, rows):
+    torch.manual_seed(seed)
+    student = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3, global_pool=pool
+    )
+    method = DMAE(student, make(7, VisionTransformer), decoder_depth=1, decoder_width=8, decoder_heads=2).train()
+    every = torch.rand(4, 16, generator=torch.Generator().manual_seed(3)).argsort(1)
+    method.draw = lambda _: (every[rows, :4].contiguous(), every[rows, 4:].contiguous(), (4, 4))
+    return method
+
+
+for pool in ("token", "avg", "map"):
+    method, whole = dmae(rank, pool, mine), dmae(0, pool, slice(0, 4))
+    ddp = DistributedDataParallel(method)
+    for _ in range(2):
+        ddp.zero_grad()
+        ddp(images[mine]).loss.backward()
+    whole(images).loss.backward()
+    for (name, a), b in zip(method.named_parameters(), whole.parameters(), strict=True):
+        if b.grad is None:
+            assert a.grad is None and not b.requires_grad, name
+        else:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 # DINO: the centre is that of all ranks, and the teachers stay the same.
 method = MaskedDINO(make(rank, VisionTransformer), out_features=6, hidden=8, bottleneck=4, local_crops=0).train()

@@ -1,4 +1,4 @@
-"""A step of MaskedKD asks the device for no number. Tensors without values have none, so whoever asks one fails."""
+"""A step of MaskedKD or DMAE asks the device for no number: tensors without values have none, so whoever asks fails."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from tiny_vits import TARGETS, pictures, tiny
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from fastmkd import MaskedKD
+from fastmkd import DMAE, MaskedKD
 
 OPTIONS = [
     {"keep_ratio": 0.5},
@@ -38,6 +38,37 @@ def test_the_forward_pass_reads_no_number(options, targets):
     out = on_fake_gpu(options, targets)
     assert out.loss.is_cuda
     assert out.loss.requires_grad
+
+
+DMAE_OPTIONS = [{}, {"normalize_target": True, "normalize": True, "student_layer": [1, 2]}]
+
+
+def dmae(**options):
+    return DMAE(tiny(0), tiny(1), decoder_depth=1, decoder_width=16, decoder_heads=2, **options)
+
+
+@pytest.mark.parametrize("options", DMAE_OPTIONS)
+def test_dmae_reads_no_number(options):
+    method = dmae(**options)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out = method.to("cuda").train()(pictures().to("cuda"))
+    assert out.loss.is_cuda
+    assert out.loss.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [*DMAE_OPTIONS, {"teacher_compile": True}])
+def test_a_step_of_dmae_does_not_wait_for_the_gpu(options):
+    method, images = dmae(**options).float().cuda().train(), pictures().float().cuda()
+    for _ in range(4):
+        step(lambda x, _: method(x), images, None)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = step(lambda x, _: method(x), images, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
 
 
 def test_a_read_would_be_noticed():

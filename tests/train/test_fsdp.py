@@ -54,6 +54,17 @@ ema: {decay: 0.9}
 run: {tensorboard: false, device: cpu, log_every: 1}
 """
 
+# Pre-training is tested in forward passes of the split method, two of them on rank 0 and one on rank 1.
+DMAE = """
+name: dmae
+data: {name: digits, batch_size: 16, limit: 64, eval_batch_size: 179}
+student: {kwargs: {patch_size: 2, embed_dim: 12, depth: 2, num_heads: 3}}
+teacher: {recipe: teacher.yaml}
+method: {class_path: fastmkd.DMAE, init_args: {decoder_depth: 2, decoder_width: 8, decoder_heads: 2}}
+schedule: {epochs: 3, warmup_epochs: 0.5}
+run: {tensorboard: false, device: cpu, log_every: 1, panels: 0}
+"""
+
 WORKER = """
 import json, os
 from pathlib import Path
@@ -108,6 +119,8 @@ run("ddp_bf16", "--run.precision=bf16")
 run("one_bf16", "--run.precision=bf16", **ONE)
 run("cnn_ddp", recipe="cnn.yaml")
 run("cnn_one", recipe="cnn.yaml", **ONE)
+run("dmae_ddp", recipe="dmae.yaml")
+run("dmae_blocks", recipe="dmae.yaml", **BLOCKS)
 middle = "--run.resume=runs/{}/checkpoints/step_00000003"
 run("blocks_again", middle.format("blocks"), **BLOCKS)
 run("ddp_to_blocks", middle.format("ddp"), **BLOCKS)
@@ -124,7 +137,8 @@ torch.distributed.destroy_process_group()
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have trained everything above."""
     path = tmp_path_factory.mktemp("fsdp")
-    for name, text in {"teacher.yaml": TEACHER, "student.yaml": STUDENT, "cnn.yaml": CNN, "worker.py": WORKER}.items():
+    recipes = {"teacher.yaml": TEACHER, "student.yaml": STUDENT, "cnn.yaml": CNN, "dmae.yaml": DMAE}
+    for name, text in {**recipes, "worker.py": WORKER}.items():
         (path / name).write_text(text)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py"],
@@ -169,7 +183,8 @@ def facts(folder: Path, run: str) -> list[dict[str, int]]:
 
 
 @pytest.mark.parametrize(
-    ("expected", "actual"), [("ddp", "blocks"), ("ddp_random", "one_random"), ("ddp_bf16", "one_bf16")]
+    ("expected", "actual"),
+    [("ddp", "blocks"), ("ddp_random", "one_random"), ("ddp_bf16", "one_bf16"), ("dmae_ddp", "dmae_blocks")],
 )
 def test_it_trains_as_ddp_does(folder, expected, actual):
     assert_same_run(folder, expected, actual)
@@ -184,6 +199,12 @@ def test_batch_norm_and_uneven_tests(folder, capsys):
         result = json.loads((folder / "runs" / run / "result.json").read_text())
         assert evaluate([str(folder / "runs" / run)]) == 0
         assert f"loss {result['loss']:.4f}  on 359 pictures" in capsys.readouterr().out
+
+
+def test_pre_training_is_tested_on_all_pictures(folder):
+    result = json.loads((folder / "runs/dmae_blocks/result.json").read_text())
+    assert result["images"] == 359
+    assert "decoder.mask_token" in load_file(folder / "runs/dmae_blocks/heads.safetensors")
 
 
 @pytest.mark.parametrize(("run", "units"), [("blocks", 3), ("one_random", 1), ("cnn_one", 1)])

@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from fastmkd.methods.strategies import ExternalSaliency, Random
+from fastmkd.train.accelerator import make_accelerator
 from fastmkd.train.build import Setup, assemble
 from fastmkd.train.checkpoint import save_tensors
-from fastmkd.train.engine import Trainer, make_accelerator, train
+from fastmkd.train.engine import Trainer, train
 from fastmkd.train.meter import Meter
 from fastmkd.train.recipe import load_recipe
 from fastmkd.train.rundir import RunDir
@@ -116,7 +117,7 @@ def one_update(options: list[str]) -> Step:
     before = {name: p.detach().clone() for name, p in setup.student.named_parameters()}
     setup.method.train()
     meter = Meter(trainer.accelerator)
-    trainer._update(trainer.loader.batches(trainer._plan(0)), meter)
+    trainer._update(trainer.loader.batches(trainer.plan(0)), meter)
     values, _ = meter.flush()
     assert values
     assert all(np.isfinite(list(values.values()))), values
