@@ -94,7 +94,7 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any]) -> Setup:
     if recipe.student.backbone is not None:
         own_identity["student.backbone"] = _digest(recipe.student.backbone)
     seed_all(recipe.seed, "method")
-    method = build_method(recipe, student, teacher, source.image_size)
+    method = build_method(recipe, student, teacher, source)
     description = {
         "recipe": dataclasses.asdict(recipe),
         "student": {"name": recipe.student.name, "kwargs": kwargs},
@@ -115,7 +115,7 @@ def _digest(path: str) -> str:
 
 
 def build_method(
-    recipe: Recipe, student: nn.Module, teacher: nn.Module | None, image_size: int | None = None
+    recipe: Recipe, student: nn.Module, teacher: nn.Module | None, source: DataSource
 ) -> DistillMethod:
     """Makes the method of a recipe around its networks.
 
@@ -123,7 +123,7 @@ def build_method(
         recipe: names the method.
         student: the network to train.
         teacher: the network to learn from, or None.
-        image_size: side of the images in pixels, for a method that asks for it and whose recipe is silent.
+        source: the data, for a method that asks for their size or classes and whose recipe is silent.
 
     Raises:
         UserError: the method refuses its arguments or the networks.
@@ -131,8 +131,9 @@ def build_method(
     module, _, name = recipe.method.class_path.rpartition(".")
     kind = getattr(importlib.import_module(module), name)  # the parser has checked that it is a DistillMethod
     arguments = dict(recipe.method.init_args)
-    if "image_size" in inspect.signature(kind).parameters and arguments.get("image_size") is None:
-        arguments["image_size"] = image_size
+    for name, value in {"image_size": source.image_size, "train_labels": source.train.labels}.items():
+        if name in inspect.signature(kind).parameters and arguments.get(name) is None:
+            arguments[name] = value
     try:
         method = kind(**method_arguments(kind, student, teacher), **arguments)
     except (TypeError, ValueError) as error:

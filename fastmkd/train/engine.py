@@ -236,11 +236,12 @@ class Trainer:
         for micro in range(accumulate):
             batch = next(batches)
             seed_all(recipe.seed, "step", self.step, micro, accelerator.process_index)
-            images, targets = self.finish(*batch)
+            images, targets = self.finish(batch.images, batch.targets)
+            told = {"numbers": batch.numbers} if self.setup.method.needs_image_numbers else {}
             last = micro + 1 == accumulate
             with contextlib.nullcontext() if last else accelerator.no_sync(self.method):
                 with accelerator.autocast():
-                    out = self.method(images, targets)
+                    out = self.method(images, targets, **told)
                 accelerator.backward(out.loss / accumulate)
             meter.add(out.loss, out.terms, len(images) * accelerator.num_processes)
         if recipe.optim.clip_grad is not None:

@@ -56,7 +56,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # top-1 hits, top-5 hits, loss, images
     plan = eval_plan(num_pictures, batch_size, accelerator.process_index, accelerator.num_processes)
     for batch in loader.batches(plan):
-        images, targets = finish(*batch)
+        images, targets = finish(batch.images, batch.targets)
         with accelerator.autocast():
             logits = model(images)
         logits = logits.float()

@@ -1,13 +1,17 @@
-"""A step of MaskedKD asks the device for no number. Tensors without values have none, so whoever asks one fails."""
+"""No step of a method asks the device for a number. Tensors without values have none, so whoever asks one fails."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from dpk_networks import cnn
+from dpk_networks import pictures as cnn_pictures
 from tiny_vits import TARGETS, pictures, tiny
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from fastmkd import MaskedKD
+from fastmkd import DPK, MaskedKD
+from fastmkd.methods import FeatureKD
+from fastmkd.methods.crd import CRD
 
 OPTIONS = [
     {"keep_ratio": 0.5},
@@ -15,6 +19,15 @@ OPTIONS = [
     {"base": "manifold", "strategy": "random"},
     {"base": "attention", "strategy": "patch"},
     {"mask": "student", "strategy": "bottom"},
+]
+
+
+DPK_OPTIONS = [
+    {},
+    {"ratio": "cosine"},
+    {"ratio": "linear", "mask": "grid"},
+    {"mask": "block", "target": "non-masked"},
+    {"prior": "learnable", "transform": "conv"},
 ]
 
 
@@ -51,6 +64,32 @@ def test_the_backward_pass_reads_no_number(options, monkeypatch):
     method = MaskedKD(tiny(0), tiny(1, img_size=48), **options).to("meta").train()
     step(method, pictures().to("meta"), TARGETS.to("meta"))
     assert all(p.grad is not None for p in method.parameters())
+
+
+def dpk(options):
+    return DPK(cnn(0), cnn(1), {"last": "last"}, encoder_depth=1, decoder_depth=1, width=16, image_size=24, **options)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("options", DPK_OPTIONS)
+def test_dpk_reads_no_number(options, batch, monkeypatch):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images, targets = cnn_pictures(count=batch).float().to("cuda"), torch.arange(batch).to("cuda")
+        out = dpk(options).float().to("cuda").train()(images, targets)
+    assert out.loss.is_cuda
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    method = dpk(options).to("meta").train()
+    step(method, cnn_pictures(count=4).to("meta"), torch.arange(4, device="meta"))
+    assert all(p.grad is not None for p in method.parameters())
+
+
+def test_crd_reads_no_number():
+    labels = torch.arange(20) % 4
+    method = FeatureKD(cnn(0), cnn(1), CRD(9, width=8), {"last": "last"}, image_size=24, train_labels=labels)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images, numbers = cnn_pictures(count=4).float().to("cuda"), torch.arange(4).to("cuda")
+        out = method.float().to("cuda").train()(images, torch.arange(4).to("cuda"), numbers)
+    assert out.loss.is_cuda
 
 
 @pytest.mark.gpu
