@@ -254,7 +254,9 @@ class DecoupledKD(Baseline):
         # A finite number instead of minus infinity: its probability is 0 as well, and no gradient is NaN.
         others = [x.masked_fill(true, LOWEST).log_softmax(1).masked_fill(true, LOWEST) for x in (s, t)]
         other_loss = _divergence(*others).mean() * temperature**2
-        return _grown(step.epoch, self.warmup_epochs) * (self.target_weight * target_loss + self.other_weight * other_loss)
+        return _grown(step.epoch, self.warmup_epochs) * (
+            self.target_weight * target_loss + self.other_weight * other_loss
+        )
 
 
 class Fusion(nn.Module):

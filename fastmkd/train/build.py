@@ -114,9 +114,7 @@ def _digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def build_method(
-    recipe: Recipe, student: nn.Module, teacher: nn.Module | None, source: DataSource
-) -> DistillMethod:
+def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None, source: DataSource) -> DistillMethod:
     """Makes the method of a recipe around its networks.
 
     Args:

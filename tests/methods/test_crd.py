@@ -22,7 +22,9 @@ def answers(channels: int, seed: int) -> Answers:
     return Answers(torch.zeros(4, 5), maps)
 
 
-def batch_by_hand(heads: nn.ModuleDict, student: Answers, teacher: Answers, same: list[list[bool]], tau: float) -> float:
+def batch_by_hand(
+    heads: nn.ModuleDict, student: Answers, teacher: Answers, same: list[list[bool]], tau: float
+) -> float:
     total = 0.0
     for stage in range(2):
         embedded = []
@@ -148,7 +150,7 @@ def test_negatives_are_the_others_alike():
     draws, numbers = 4000, torch.tensor([3, 0, 7, 1])
     drawn = Memory(LABELS, 2, draws, 0.5, 0.07).draw(numbers)
     for number, row in zip(numbers.tolist(), drawn, strict=True):
-        others = LABELS != LABELS[number]
+        others = LABELS[number] != LABELS
         counts = row.bincount(minlength=len(LABELS))
         assert counts[~others].sum() == 0
         expected = draws / others.sum()
@@ -173,13 +175,13 @@ def test_bank_takes_in_unit_rows_in_training_only():
     torch.testing.assert_close(memory.rows.norm(dim=2), torch.ones(2, len(LABELS)))
 
 
-def make(**options) -> FeatureKD:
+def make(base="crd", **options) -> FeatureKD:
     options = {"train_labels": LABELS, "image_size": 24, **options}
-    return FeatureKD(cnn(0), cnn(1, channels=6), "crd", {"last": "last"}, **options).double().train()
+    return FeatureKD(cnn(0), cnn(1, channels=6), base, {"last": "last"}, **options).double().train()
 
 
 def test_learns_goes_on_and_leaves_a_clean_student():
-    method, numbers, images = make(), torch.tensor([0, 4, 2, 3]), pictures()
+    method, numbers, images = make(CRD(negatives=9)), torch.tensor([0, 4, 2, 3]), pictures()
     keys = list(cnn(0).state_dict())
     assert method.needs_image_numbers
     optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=0.02)
@@ -192,7 +194,7 @@ def test_learns_goes_on_and_leaves_a_clean_student():
         values.append(out.terms["base"])
     assert values[-1] < 0.7 * values[0]
     assert [name for name, p in method.named_parameters() if p.grad is None] == []
-    twin = make()
+    twin = make(CRD(negatives=9))
     twin.load_state_dict(method.state_dict())
     found = []
     for one in (method, twin):

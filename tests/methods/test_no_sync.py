@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from fastmkd import DPK, MaskedKD
 from fastmkd.methods import FeatureKD
 from fastmkd.methods.crd import CRD
+from fastmkd.methods.fgd import FGDImitation
 
 OPTIONS = [
     {"keep_ratio": 0.5},
@@ -67,28 +68,39 @@ def test_the_backward_pass_reads_no_number(options, monkeypatch):
 
 
 def dpk(options):
-    return DPK(cnn(0), cnn(1), {"last": "last"}, encoder_depth=1, decoder_depth=1, width=16, image_size=24, **options)
+    sizes = {"encoder_depth": 1, "decoder_depth": 1, "width": 16, "image_size": 24}
+    return DPK(cnn(0), cnn(1), {"last": "last"}, **sizes, **options).float()
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("options", DPK_OPTIONS)
+@pytest.mark.parametrize(("options", "batch"), [({}, 1), *((options, 4) for options in DPK_OPTIONS)])
 def test_dpk_reads_no_number(options, batch, monkeypatch):
+    method = dpk(options)
     with FakeTensorMode(allow_non_fake_inputs=True):
         images, targets = cnn_pictures(count=batch).float().to("cuda"), torch.arange(batch).to("cuda")
-        out = dpk(options).float().to("cuda").train()(images, targets)
+        out = method.to("cuda").train()(images, targets)
     assert out.loss.is_cuda
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     method = dpk(options).to("meta").train()
-    step(method, cnn_pictures(count=4).to("meta"), torch.arange(4, device="meta"))
+    step(method, cnn_pictures(count=4).float().to("meta"), torch.arange(4, device="meta"))
     assert all(p.grad is not None for p in method.parameters())
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_fgd_reads_no_number(hybrid):
+    sizes, options = [(6, 8), (3, 4)], {"encoder_depth": 1, "decoder_depth": 1, "width": 16} if hybrid else {}
+    term = FGDImitation(4, 6 if hybrid else 4, sizes, hybrid=hybrid, **options)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        maps = [[torch.randn(4, c, *size).to("cuda") for size in sizes] for c in (4, 6 if hybrid else 4)]
+        boxes = [torch.rand(count, 4).to("cuda") for count in (2, 0, 1, 3)]
+        assert term.to("cuda").train()(*maps, boxes, (48, 64)).is_cuda
 
 
 def test_crd_reads_no_number():
     labels = torch.arange(20) % 4
-    method = FeatureKD(cnn(0), cnn(1), CRD(9, width=8), {"last": "last"}, image_size=24, train_labels=labels)
+    method = FeatureKD(cnn(0), cnn(1), CRD(9, width=8), {"last": "last"}, image_size=24, train_labels=labels).float()
     with FakeTensorMode(allow_non_fake_inputs=True):
         images, numbers = cnn_pictures(count=4).float().to("cuda"), torch.arange(4).to("cuda")
-        out = method.float().to("cuda").train()(images, torch.arange(4).to("cuda"), numbers)
+        out = method.to("cuda").train()(images, torch.arange(4).to("cuda"), numbers)
     assert out.loss.is_cuda
 
 
