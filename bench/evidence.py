@@ -173,7 +173,7 @@ def teacher_top1(recipe: Recipe, weights: str, images: int = 1000) -> float | No
     loader = Loader(source.test, recipe.data, None, source.image_size, torch.device("cpu"), recipe.seed)
     finish, hits, count = Finisher(source.mean, source.std, source.num_classes), 0, 0
     for batch in loader.batches(eval_plan(min(images, len(source.test)), 250)):
-        pictures, targets = finish(*batch)
+        pictures, targets = finish(batch.images, batch.targets)
         scores = method.patch_scores(pictures).values if method.hides_patches else None
         hits += int((method.teacher_logits(pictures, scores).argmax(1) == targets).sum())
         count += len(targets)

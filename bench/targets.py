@@ -79,6 +79,11 @@ def _step(least: float, way: str = "fastmkd", against: str = "") -> Target:
     return Target(sentence, *place, way, least, against=against)
 
 
+def _dpk(words: str, least: float, side: int, way: str = "fastmkd", against: str = "") -> Target:
+    place = ("dpk_step", "fp32", "ResNet-18 from ResNet-34", f"{side} pixels")
+    return Target(f"DPK step, ResNet-18 from ResNet-34, {side} pixels, {words}", *place, way, least, against=against)
+
+
 def _masked(benchmark: str, panel: str, what: str, least: dict[int, float], against: str = "") -> list[Target]:
     return [
         Target(
@@ -194,6 +199,24 @@ TARGETS = (
         "50 % kept",
         "auto",
         1 / 1.3,
+    ),
+    *(
+        target
+        for side in (64, 224)
+        for target in (
+            _dpk("at least 1.05x a good eager implementation", 1.05, side),
+            _dpk("teacher in bf16: at least 1.15x it", 1.15, side, "fastmkd, teacher in bf16"),
+            _dpk("dynamic share: under 2 % of the step", 0.98, side, against="fastmkd, fixed share"),
+        )
+    ),
+    Target(
+        "stitching, 32 images of 49 tokens, 512 wide: at least 2x plain PyTorch",
+        benchmark="op.stitch_tokens",
+        dtype="fp32",
+        panel="stitch_tokens",
+        label="last_stage",
+        variant="auto",
+        least=2.0,
     ),
     Target(
         "saliency: under 1 % of the student's forward",

@@ -64,6 +64,10 @@ class DistillMethod(nn.Module):
     Student parameters that the loss cannot reach are frozen while the method owns the student, so that plain DDP works
     without find_unused_parameters; a subclass names them in `unreachable_parameters`.
 
+    Attributes:
+        needs_image_numbers: True for a method that remembers single training images: its call is
+            ``method(images, targets, numbers=numbers)`` with ``(B,)`` int64, where in the training set each stands.
+
     Args:
         student: the network to train.
         teacher: the network to learn from, or None.
@@ -87,6 +91,7 @@ class DistillMethod(nn.Module):
     student: nn.Module
     teacher: nn.Module | None
     heads: nn.ModuleDict
+    needs_image_numbers: bool = False
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module | None = None, *, teacher_device: torch.device | str | None = None

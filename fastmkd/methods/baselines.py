@@ -21,6 +21,7 @@ __all__ = [
     "DecoupledKD",
     "FitNet",
     "ReviewKD",
+    "Step",
     "VanillaKD",
 ]
 
@@ -39,16 +40,34 @@ class Answers(NamedTuple):
     maps: Sequence[Tensor] = ()
 
 
+class Step(NamedTuple):
+    """What a loss may ask besides what the networks said.
+
+    Attributes:
+        targets: ``(B,)`` int64 class indices or ``(B, K)`` soft labels.
+        temperature: tau of softened predictions.
+        epoch: from 0.
+        numbers: ``(B,)`` int64, where in the training set each image stands; for a base that needs them.
+    """
+
+    targets: Tensor
+    temperature: float = 1.0
+    epoch: int = 0
+    numbers: Tensor | None = None
+
+
 class Baseline(abc.ABC):
     """A distillation loss that `FeatureKD` adds to the cross-entropy. An object keeps options only.
 
     Attributes:
         weight: usual weight in the loss, for `FeatureKD(weight=None)`.
         needs_layers: False for a loss of the predictions alone.
+        needs_image_numbers: True for one that remembers the training images by their numbers, see `memories`.
     """
 
     weight: float = 1.0
     needs_layers: bool = True
+    needs_image_numbers: bool = False
 
     def heads(self, student: Answers, teacher: Answers) -> dict[str, nn.Module]:
         """Makes what is trained besides the student; nothing unless a subclass says so.
@@ -59,19 +78,24 @@ class Baseline(abc.ABC):
         """
         return {}
 
+    def memories(self, stages: int, train_labels: Tensor) -> dict[str, nn.Module]:
+        """Makes what keeps something of every training image; nothing unless a subclass says so.
+
+        Args:
+            stages: number of layers.
+            train_labels: ``(N,)`` int64, the classes of the training images.
+        """
+        return {}
+
     @abc.abstractmethod
-    def loss(
-        self, heads: nn.ModuleDict, student: Answers, teacher: Answers, targets: Tensor, temperature: float, epoch: int
-    ) -> Tensor:
+    def loss(self, heads: nn.ModuleDict, student: Answers, teacher: Answers, step: Step) -> Tensor:
         """Returns a scalar.
 
         Args:
-            heads: what `heads` made.
+            heads: what `heads` and `memories` made.
             student: gradients flow here.
             teacher: constants.
-            targets: ``(B,)`` int64 class indices or ``(B, K)`` soft labels.
-            temperature: tau of softened predictions.
-            epoch: from 0.
+            step: the rest.
         """
 
 
@@ -88,20 +112,16 @@ class VanillaKD(Baseline):
     weight = 0.9
     needs_layers = False
 
-    def loss(
-        self, heads: nn.ModuleDict, student: Answers, teacher: Answers, targets: Tensor, temperature: float, epoch: int
-    ) -> Tensor:
+    def loss(self, heads: nn.ModuleDict, student: Answers, teacher: Answers, step: Step) -> Tensor:
         """Returns the divergence.
 
         Args:
             heads: not needed.
             student: its logits count.
             teacher: its logits count.
-            targets: not looked at.
-            temperature: tau.
-            epoch: not looked at.
+            step: its temperature counts.
         """
-        return logit_kd(student.logits, teacher.logits, temperature)
+        return logit_kd(student.logits, teacher.logits, step.temperature)
 
 
 class FitNet(Baseline):
@@ -126,18 +146,14 @@ class FitNet(Baseline):
         pairs = zip(student.maps, teacher.maps, strict=True)
         return {f"adapt{i}": nn.Conv2d(s.shape[1], t.shape[1], 1) for i, (s, t) in enumerate(pairs)}
 
-    def loss(
-        self, heads: nn.ModuleDict, student: Answers, teacher: Answers, targets: Tensor, temperature: float, epoch: int
-    ) -> Tensor:
+    def loss(self, heads: nn.ModuleDict, student: Answers, teacher: Answers, step: Step) -> Tensor:
         """Returns the sum over stages.
 
         Args:
             heads: the convolutions.
             student: its maps count.
             teacher: its maps count.
-            targets: not looked at.
-            temperature: not looked at.
-            epoch: not looked at.
+            step: not looked at.
         """
         errors = []
         for adapt, s, t in zip(heads.values(), student.maps, teacher.maps, strict=True):
@@ -169,18 +185,14 @@ class AttentionTransfer(Baseline):
         """
         return F.normalize(_wide(features).square().mean(1).flatten(1))
 
-    def loss(
-        self, heads: nn.ModuleDict, student: Answers, teacher: Answers, targets: Tensor, temperature: float, epoch: int
-    ) -> Tensor:
+    def loss(self, heads: nn.ModuleDict, student: Answers, teacher: Answers, step: Step) -> Tensor:
         """Returns the sum over stages.
 
         Args:
             heads: not needed.
             student: its maps count.
             teacher: its maps count.
-            targets: not looked at.
-            temperature: not looked at.
-            epoch: not looked at.
+            step: not looked at.
         """
         errors = []
         for s, t in zip(student.maps, teacher.maps, strict=True):
@@ -221,22 +233,19 @@ class DecoupledKD(Baseline):
         self.target_weight, self.other_weight = float(target_weight), float(other_weight)
         self.warmup_epochs = warmup_epochs
 
-    def loss(
-        self, heads: nn.ModuleDict, student: Answers, teacher: Answers, targets: Tensor, temperature: float, epoch: int
-    ) -> Tensor:
+    def loss(self, heads: nn.ModuleDict, student: Answers, teacher: Answers, step: Step) -> Tensor:
         """Returns the weighted sum of both divergences.
 
         Args:
             heads: not needed.
             student: its logits count.
             teacher: its logits count.
-            targets: ``(B,)`` class indices.
-            temperature: tau.
-            epoch: from 0.
+            step: targets are class indices.
 
         Raises:
             ValueError: soft labels, which have no true class.
         """
+        targets, temperature = step.targets, step.temperature
         if targets.dim() != 1:
             raise ValueError("targets are soft labels, but base 'dkd' needs the true class; switch mixing off.")
         s, t = _wide(student.logits) / temperature, _wide(teacher.logits) / temperature
@@ -245,7 +254,9 @@ class DecoupledKD(Baseline):
         # A finite number instead of minus infinity: its probability is 0 as well, and no gradient is NaN.
         others = [x.masked_fill(true, LOWEST).log_softmax(1).masked_fill(true, LOWEST) for x in (s, t)]
         other_loss = _divergence(*others).mean() * temperature**2
-        return _grown(epoch, self.warmup_epochs) * (self.target_weight * target_loss + self.other_weight * other_loss)
+        return _grown(step.epoch, self.warmup_epochs) * (
+            self.target_weight * target_loss + self.other_weight * other_loss
+        )
 
 
 class Fusion(nn.Module):
@@ -326,25 +337,21 @@ class ReviewKD(Baseline):
         pairs = zip(student.maps, teacher.maps, strict=True)
         return {f"fuse{i}": Fusion(s.shape[1], width, t.shape[1], i < last) for i, (s, t) in enumerate(pairs)}
 
-    def loss(
-        self, heads: nn.ModuleDict, student: Answers, teacher: Answers, targets: Tensor, temperature: float, epoch: int
-    ) -> Tensor:
+    def loss(self, heads: nn.ModuleDict, student: Answers, teacher: Answers, step: Step) -> Tensor:
         """Returns the sum over stages.
 
         Args:
             heads: the fusions.
             student: its maps count.
             teacher: its maps count.
-            targets: not looked at.
-            temperature: not looked at.
-            epoch: from 0.
+            step: its epoch counts.
         """
         gathered: Tensor | None = None
         errors = []
         for fuse, s, t in reversed(list(zip(heads.values(), student.maps, teacher.maps, strict=True))):
             predicted, gathered = fuse(s, gathered, (t.shape[2], t.shape[3]))
             errors.append(context_error(predicted, t))
-        return _grown(epoch, self.warmup_epochs) * torch.stack(errors).sum()
+        return _grown(step.epoch, self.warmup_epochs) * torch.stack(errors).sum()
 
 
 def context_error(x: Tensor, y: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..metrics.cka import as_rows, cka_matrix
 from ..ops.centred_gram import MIN_BATCH
 from .choices import choose
+from .ranks import gather
 
 __all__ = [
     "RATIOS",
@@ -213,7 +213,9 @@ class MeasuredRatio(RatioRule):
             teacher: ``(B, C_T, h, w)``.
             epoch: not looked at.
         """
-        x, y = self._global(self.rows(student)), self._global(self.rows(teacher))
+        x, y = self.rows(student), self.rows(teacher)
+        if self.across_ranks:
+            x, y = gather(x), gather(y)
         images = len(x)
         if images < self.least:
             x, y = self._join_recent(x, y)
@@ -238,13 +240,6 @@ class MeasuredRatio(RatioRule):
         if self.training:
             self._recent = fitting
         return torch.cat([pair[0] for pair in fitting]), torch.cat([pair[1] for pair in fitting])
-
-    def _global(self, x: Tensor) -> Tensor:
-        if not (self.across_ranks and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return x
-        whole = x.new_empty((dist.get_world_size() * len(x), x.shape[1]))
-        dist.all_gather_into_tensor(whole, x.contiguous())
-        return whole
 
 
 class CkaGap(MeasuredRatio):

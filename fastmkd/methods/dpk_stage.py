@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..nn.masks import cell_scores
 from ..ops import stitch_tokens
-from .dpk_transforms import TRANSFORMS
+from .dpk_transforms import TRANSFORMS, Blocks
 
 __all__ = ["DPKStage", "draw_from_teacher", "least_patch_size"]
 
@@ -119,38 +119,48 @@ class DPKStage(nn.Module):
         size = (teacher.shape[-2], teacher.shape[-1])
         grid, position = self.grid(size), self._position(self.grid(size))
         student = resize(student, size)
-        hybrid = stitch_tokens(
-            self._tokens(student, self.lift_student, self.encode_student, position),
-            self._prior(teacher, position, len(student), grid),
-            from_teacher,
-            position,
-        )  # (B, N, d)
+        # Only where the host may ask for the share, and not for a compiler to look at.
+        lean = isinstance(self.encode_teacher, Blocks) and from_teacher.device.type == "cpu"
+        stitch = self._stitch_chosen if lean and not torch.compiler.is_compiling() else self._stitch
+        hybrid = stitch(student, teacher, from_teacher, position)  # (B, N, d)
         patches: Tensor = self.output(self.decode(hybrid, grid))  # (B, N, C_T * k * k)
         whole = F.pixel_shuffle(patches.mT.unflatten(2, grid), self.patch_size)  # (B, C_T, gh * k, gw * k)
         return whole[:, :, : size[0], : size[1]]
 
-    def _prior(self, teacher: Tensor, position: Tensor | None, batch: int, grid: tuple[int, int]) -> Tensor:
-        """``(B, N, d)`` that stands where the student is hidden."""
+    def _stitch(self, student: Tensor, teacher: Tensor, from_teacher: Tensor, position: Tensor | None) -> Tensor:
+        """Encodes all tokens and takes each from one of the two."""
+        grid = self.grid((teacher.shape[-2], teacher.shape[-1]))
+        tokens = self.encode_student(self._lift(student, self.lift_student, position), grid)
         if self.lift_teacher is not None:
-            return self._tokens(teacher, self.lift_teacher, self.encode_teacher, position)
-        weight = self.lift_student.weight
-        token = self.mask_token if self.mask_token is not None else weight.new_zeros(weight.shape[0])
-        return token.expand(batch, math.prod(grid), -1)
+            assert self.encode_teacher is not None
+            prior = self.encode_teacher(self._lift(teacher, self.lift_teacher, position), grid)
+        else:
+            token = self.mask_token if self.mask_token is not None else tokens.new_zeros(tokens.shape[2])
+            prior = token.expand_as(tokens)
+        return stitch_tokens(tokens, prior, from_teacher, position)
 
-    def _tokens(self, features: Tensor, lift: nn.Module, encode: nn.Module | None, position: Tensor | None) -> Tensor:
-        """``(B, C, h, w) -> (B, N, d)``."""
+    def _stitch_chosen(self, student: Tensor, teacher: Tensor, from_teacher: Tensor, position: Tensor) -> Tensor:
+        """The same; the last block of each encoder runs only for the tokens that are taken from it."""
+        assert self.lift_teacher is not None
+        sides = ((student, self.lift_student, self.encode_student, ~from_teacher),
+                 (teacher, self.lift_teacher, self.encode_teacher, from_teacher))  # fmt: skip
+        encoded = []
+        for features, lift, encode, taken in sides:
+            order = taken.byte().argsort(dim=1, descending=True, stable=True)[:, :, None]  # those taken first
+            tokens = self._lift(features, lift, position).take_along_dim(order, 1)  # attention knows no order
+            encoded.append(encode.first_rows(tokens, int(taken.sum(1).max())))  # (B, most taken, d)
+        place = torch.where(from_teacher, encoded[0].shape[1] + from_teacher.cumsum(1), (~from_teacher).cumsum(1)) - 1
+        return torch.cat(encoded, dim=1).take_along_dim(place[:, :, None], 1) + position
+
+    def _lift(self, features: Tensor, lift: nn.Module, position: Tensor | None) -> Tensor:
+        """``(B, C, h, w) -> (B, N, d)`` with positions."""
         k, (h, w) = self.patch_size, features.shape[-2:]
         if h % k or w % k:
             features = F.pad(features, (0, -w % k, 0, -h % k))
         if not torch.is_autocast_enabled(features.device.type):
             features = features.to(self.output.weight.dtype)  # a teacher of another precision
-        lifted = lift(features)  # (B, d, gh, gw)
-        tokens = lifted.flatten(2).mT
-        if position is not None:
-            tokens = tokens + position
-        assert encode is not None
-        encoded: Tensor = encode(tokens, (lifted.shape[2], lifted.shape[3]))
-        return encoded
+        tokens: Tensor = lift(features).flatten(2).mT  # (B, d, gh, gw) -> (B, N, d)
+        return tokens if position is None else tokens + position
 
     def _position(self, grid: tuple[int, int]) -> Tensor | None:
         if self.position is None or grid == self.made_for:

@@ -9,7 +9,9 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-__all__ = ["TRANSFORMS", "Transform"]
+from ..nn.attention import run_block_on_rows, runs_on_rows
+
+__all__ = ["TRANSFORMS", "Blocks", "Transform"]
 
 Grid = tuple[int, int]
 
@@ -57,6 +59,28 @@ class Blocks(nn.Module):
             grid: not needed.
         """
         out: Tensor = self.norm(self.blocks(tokens))
+        return out
+
+    def first_rows(self, tokens: Tensor, rows: int) -> Tensor:
+        """Returns the first `rows` tokens of what `forward` returns; the last block does not run for the others.
+
+        Args:
+            tokens: ``(B, N, d)``.
+            rows: from 0 to N.
+
+        Example:
+            >>> import torch
+            >>> blocks, tokens = Blocks(64, 2), torch.randn(2, 5, 64)
+            >>> torch.allclose(blocks.first_rows(tokens, 3), blocks(tokens, (1, 5))[:, :3], atol=1e-5)
+            True
+        """
+        *body, last = self.blocks or [None]
+        for block in body:
+            tokens = block(tokens)
+        if last is not None:
+            # One row at least, for a last layer without rows would have no gradient either.
+            tokens = run_block_on_rows(last, tokens, max(rows, 1), None)[0] if runs_on_rows(last) else last(tokens)
+        out: Tensor = self.norm(tokens[:, :rows])
         return out
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .base import DistillMethod, DistillOutput, split_heads, supervised_loss
-from .baselines import Answers, AttentionTransfer, Baseline, DecoupledKD, FitNet, ReviewKD, VanillaKD
+from .baselines import Answers, AttentionTransfer, Baseline, DecoupledKD, FitNet, ReviewKD, Step, VanillaKD
 from .choices import choose
-from .crd import BatchCRD
+from .crd import CRD, BatchCRD
 from .features import Features, check_layers, input_shape, observe_maps, probe
 from .losses import logit_kd
 from .teacher_call import CompileMode, TeacherCall
@@ -25,27 +25,32 @@ BASELINES: dict[str, Callable[[], Baseline]] = {
     "at": AttentionTransfer,
     "dkd": DecoupledKD,
     "reviewkd": ReviewKD,
+    "crd": CRD,
     "crd-batch": BatchCRD,
 }
 
 
 class FeatureKD(DistillMethod):
-    r"""Vanilla KD, FitNet, attention transfer, DKD, ReviewKD or in-batch CRD between any two classifiers, by name.
+    r"""Vanilla KD, FitNet, attention transfer, DKD, ReviewKD or CRD between any two classifiers, by name.
 
     The loss is ``ce_weight * CE + weight * base + logit_weight * KD`` with ``KD = tau^2 * KL(teacher || student)``.
     ``base="fitnet", weight=0.2, logit_weight=0.8`` makes it DPK's loss with FitNet's transform (Table 8).
 
+    CRD remembers every training image: give it their classes as `train_labels`, and each call the place of its images
+    among them, ``method(images, targets, numbers=numbers)``. Recipes do both.
+
     Args:
         student: a classifier; trained in place.
         teacher: a classifier of the same classes; frozen in place.
-        base: "kd", "fitnet", "at", "dkd", "reviewkd", "crd-batch", or a `fastmkd.methods.baselines.Baseline` with its
-            options.
+        base: "kd", "fitnet", "at", "dkd", "reviewkd", "crd", "crd-batch", or a `fastmkd.methods.baselines.Baseline`
+            with its options.
         layers: the stages: the teacher's layer by the student's; not needed for "kd" and "dkd".
         weight: of the base; None takes its usual one.
         logit_weight: of vanilla KD beside another base.
         temperature: tau; CRD's benchmark has 4.
         ce_weight: weight of the labels.
         image_size: side of the training images, or (height, width); None takes the network's own.
+        train_labels: the class of each training image, for "crd" only.
         teacher_device: keeps the teacher on this device.
         teacher_dtype: runs the teacher under autocast to this dtype; None leaves it to the caller's autocast.
         teacher_compile: runs the teacher through ``torch.compile``, see `TeacherCall`.
@@ -75,6 +80,7 @@ class FeatureKD(DistillMethod):
         *,
         ce_weight: float = 1.0,
         image_size: int | Sequence[int] | None = None,
+        train_labels: Sequence[int] | Tensor | None = None,
         teacher_device: torch.device | str | None = None,
         teacher_dtype: torch.dtype | None = None,
         teacher_compile: bool | CompileMode = False,
@@ -89,6 +95,7 @@ class FeatureKD(DistillMethod):
         teacher_call = TeacherCall(observe_maps, teacher_dtype, teacher_compile)
         if chosen.needs_layers and layers is None:
             raise ValueError(f"base {base!r} compares feature maps; name them: layers={{'layer4': 'layer4'}}.")
+        labels = _labels(base, train_labels) if chosen.needs_image_numbers else None
         super().__init__(student, teacher, teacher_device=teacher_device)
         try:
             self.layers = check_layers(layers or {}, student, teacher) if chosen.needs_layers else {}
@@ -102,11 +109,16 @@ class FeatureKD(DistillMethod):
                     f"student has {own.logits.shape[-1]} classes and teacher {other.logits.shape[-1]}; create them "
                     "with the same num_classes."
                 )
+            self.heads.update(chosen.heads(own, other))
+            if labels is not None:
+                self.heads.update(chosen.memories(len(self.layers), labels))
         except (TypeError, ValueError):
             self.release()
             raise
-        self.heads.update(chosen.heads(own, other))
         self.heads.to(next(student.parameters()).device)
+        self.needs_image_numbers = labels is not None
+        # By default DDP sends all buffers from rank 0 before each forward pass; these are large and the same on all.
+        self._ddp_params_and_buffers_to_ignore = [n for n, _ in self.named_buffers() if n.startswith("heads.memory")]
         self.base, self.weight, self.logit_weight = chosen, float(weight), float(logit_weight)
         self.temperature, self.ce_weight, self._teacher_call = float(temperature), float(ce_weight), teacher_call
         self.epoch = 0
@@ -119,27 +131,31 @@ class FeatureKD(DistillMethod):
         """
         self.epoch = epoch
 
-    def forward(self, images: Tensor, targets: Tensor) -> DistillOutput:
+    def forward(self, images: Tensor, targets: Tensor, numbers: Tensor | None = None) -> DistillOutput:
         """Runs both networks and returns the loss.
 
         Args:
             images: ``(B, C, H, W)`` floating point.
             targets: ``(B,)`` int64 class indices or ``(B, K)`` soft labels.
+            numbers: ``(B,)`` int64, the place of each image in `train_labels`; not looked at but for "crd".
 
         Returns:
             `DistillOutput` with the terms ``ce``, ``base``, and ``kd`` if it has a weight.
 
         Raises:
-            ValueError: images or targets of a wrong size.
-            TypeError: targets of a wrong dtype.
+            ValueError: images, targets or numbers of a wrong size, or no numbers where they are needed.
+            TypeError: targets or numbers of a wrong dtype.
         """
+        if self.needs_image_numbers:
+            _check_numbers(numbers, len(images))
         names, of_teacher = list(self.layers), list(self.layers.values())
         found = observe_maps(self.student, images, names)
         heads = split_heads(found.output)
         student = self._answers(found, names)
         teacher = self._answers(self._teacher_call(self.teacher, images, of_teacher), of_teacher)
         ce = supervised_loss(heads[:1], targets)
-        base = self.base.loss(self.heads, student, teacher, targets, self.temperature, self.epoch)
+        step = Step(targets, self.temperature, self.epoch, numbers)
+        base = self.base.loss(self.heads, student, teacher, step)
         loss, terms = self.ce_weight * ce + self.weight * base, {"ce": ce, "base": base}
         if self.logit_weight:
             terms["kd"] = logit_kd(student.logits, teacher.logits, self.temperature)
@@ -150,3 +166,30 @@ class FeatureKD(DistillMethod):
     def _answers(self, found: Features, names: Sequence[str]) -> Answers:
         """The last head's logits, which learn from the teacher where there are two, and the maps in order."""
         return Answers(split_heads(found.output)[-1], [found.maps[name] for name in names])
+
+
+def _labels(base: object, train_labels: Sequence[int] | Tensor | None) -> Tensor:
+    if train_labels is None:
+        raise ValueError(
+            f"base {base!r} remembers every training image; give it their classes as train_labels. Without them take "
+            "'crd-batch'."
+        )
+    labels = torch.as_tensor(train_labels)
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise ValueError(
+            f"train_labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; expected the class of each "
+            "training image, (N,) whole numbers."
+        )
+    return labels
+
+
+def _check_numbers(numbers: Tensor | None, images: int) -> None:
+    if numbers is None:
+        raise ValueError(
+            "numbers is None, but this method remembers the training images; call method(images, targets, "
+            "numbers=numbers) with the place of each image in train_labels."
+        )
+    if numbers.dtype != torch.int64:
+        raise TypeError(f"numbers has dtype {numbers.dtype}; expected torch.int64.")
+    if numbers.shape != (images,):
+        raise ValueError(f"numbers has shape {tuple(numbers.shape)}; expected ({images},), one for each image.")

@@ -84,7 +84,7 @@ def answers_of(setup: Setup, count: int) -> Answers:
     batch = next(loader.batches([spread(source.test.labels, count)]), None)
     if batch is None:
         raise UserError("none of the test pictures to show can be read.")
-    images, targets = Finisher(source.mean, source.std, source.num_classes)(*batch)
+    images, targets = Finisher(source.mean, source.std, source.num_classes)(batch.images, batch.targets)
     method.eval()
     keep, size = kept_patches(method, images), (images.shape[-2], images.shape[-1])
     logits = {

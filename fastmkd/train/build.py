@@ -99,7 +99,7 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any], weights: str | Path
     if weights is not None:
         load_weights(student, weights, "student")
     seed_all(recipe.seed, "method")
-    method = build_method(recipe, student, teacher, source.image_size)
+    method = build_method(recipe, student, teacher, source)
     if method.pretrains and recipe.ema is not None:
         raise UserError(
             f"ema averages a student for its tests, and {type(method).__name__} tests what it pre-trains by its loss; "
@@ -124,24 +124,23 @@ def _digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def build_method(
-    recipe: Recipe, student: nn.Module, teacher: nn.Module | None, image_size: int | None = None
-) -> DistillMethod:
+def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None, source: DataSource) -> DistillMethod:
     """Makes the method of a recipe around its networks.
 
     Args:
         recipe: names the method.
         student: the network to train.
         teacher: the network to learn from, or None.
-        image_size: side of the images in pixels, for a method that asks for it and whose recipe is silent.
+        source: the data, for a method that asks for their size or classes and whose recipe is silent.
 
     Raises:
         UserError: the method refuses its arguments or the networks.
     """
     kind = method_class(recipe)
     arguments = dict(recipe.method.init_args)
-    if "image_size" in inspect.signature(kind).parameters and arguments.get("image_size") is None:
-        arguments["image_size"] = image_size
+    for name, value in {"image_size": source.image_size, "train_labels": source.train.labels}.items():
+        if name in inspect.signature(kind).parameters and arguments.get(name) is None:
+            arguments[name] = value
     try:
         method = kind(**method_arguments(kind, student, teacher), **arguments)
     except (TypeError, ValueError) as error:

@@ -53,7 +53,7 @@ class Batches:
         finish = Finisher(source.mean, source.std, source.num_classes)
         count = len(source.test) if self.limit is None else min(self.limit, len(source.test))
         for batch in loader.batches(eval_plan(count, self.batch_size)):
-            yield finish(*batch)[0]
+            yield finish(batch.images, batch.targets)[0]
 
 
 def open_student(run: RunDir, checkpoint: Path | None = None) -> nn.Module:

@@ -221,11 +221,13 @@ class Trainer:
         recipe, accelerator, accumulate = self.recipe, self.accelerator, self.recipe.optim.accumulate
         self.schedule.step_update(self.step)
         for micro in range(accumulate):
-            images, targets = self.finished(next(batches), self.step, micro)
+            batch = next(batches)
+            images, targets = self.finished(batch, self.step, micro)
+            told = {"numbers": batch.numbers} if self.setup.method.needs_image_numbers else {}
             last = micro + 1 == accumulate
             with contextlib.nullcontext() if last else accelerator.no_sync(self.method):
                 with accelerator.autocast():
-                    out = self.method(images, targets)
+                    out = self.method(images, targets, **told)
                 accelerator.backward(out.loss / accumulate)
             meter.add(out.loss, out.terms, len(images) * accelerator.num_processes)
         if recipe.optim.clip_grad is not None:
@@ -245,7 +247,7 @@ class Trainer:
             micro: which batch of the update.
         """
         seed_all(self.recipe.seed, "step", step, micro, self.accelerator.process_index)
-        return self.finish(*batch)
+        return self.finish(batch.images, batch.targets)
 
     def _log(self, meter: Meter, log: RunLog, epoch: int) -> None:
         values, speed = meter.flush()

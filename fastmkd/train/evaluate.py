@@ -58,7 +58,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # top-1 hits, top-5 hits, loss, images
     plan = eval_plan(num_pictures, batch_size, accelerator.process_index, accelerator.num_processes)
     for batch in loader.batches(plan):
-        images, targets = finish(*batch)
+        images, targets = finish(batch.images, batch.targets)
         with accelerator.autocast():
             logits = model(images)
         logits = logits.float()
@@ -106,7 +106,7 @@ def evaluate_loss(
     count = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for number, batch in enumerate(loader.batches(plan)):
         seed_all(seed, "test", number, rank)
-        images, targets = finish(*batch)
+        images, targets = finish(batch.images, batch.targets)
         with accelerator.autocast():
             out = method(images, targets)
         weight = len(images) if number < own else 0

@@ -27,10 +27,12 @@ class Batch(NamedTuple):
     Attributes:
         images: ``(B, C, H, W)`` uint8.
         targets: ``(B,)`` int64.
+        numbers: ``(B,)`` int64, where in the set each picture stands.
     """
 
     images: Tensor
     targets: Tensor
+    numbers: Tensor
 
 
 def epoch_plan(
@@ -141,24 +143,24 @@ class Loader:
             yield from self._from_memory(plan, epoch, start)
             return
         self._order.set(plan[start:], epoch)
-        for images, targets, bad in self._loader:
+        for batch, bad in self._loader:
             self.bad.update(bad)
-            if len(targets):
-                yield Batch(images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
+            if len(batch.targets):
+                yield Batch(*(part.to(self.device, non_blocking=True) for part in batch))
 
     def _from_memory(self, plan: Tensor | list[Tensor], epoch: int, start: int) -> Iterator[Batch]:
         assert self._images is not None
         assert self._labels is not None
         for number in range(start, len(plan)):
             index = plan[number].to(self._images.device)
-            images, targets = self._images[index], self._labels[index]
-            images, targets = images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            read = (self._images[index], self._labels[index], index)
+            images, targets, index = (part.to(self.device, non_blocking=True) for part in read)
             augment = self.augment
             if augment is not None and (augment.crop == "pad" or augment.flip):
                 # The first picture of a batch tells apart batches of an epoch and processes.
                 seed_all(self.seed, "shift", epoch, int(plan[number][0]))
                 images = shift_and_flip(images, augment.pad if augment.crop == "pad" else 0, augment.flip)
-            yield Batch(images, targets)
+            yield Batch(images, targets, index)
 
 
 class _Order:
@@ -179,13 +181,22 @@ class _Order:
         return len(self.plan)
 
 
+class _Item(NamedTuple):
+    """A picture as a worker read it: None if it cannot be read. `bad` names those that could not, with the reason."""
+
+    image: Tensor | None
+    label: int
+    number: int
+    bad: dict[str, str]
+
+
 class _Readable(Dataset[Any]):
-    """Pictures that survive broken files: ``[(epoch, index)]`` gives (picture or None, label, {bad name: reason})."""
+    """Pictures that survive broken files: ``[(epoch, index)]`` gives an `_Item`."""
 
     def __init__(self, pictures: Pictures, transform: Callable[[Any], Tensor], seed: int, replace: bool) -> None:
         self.pictures, self.transform, self.seed, self.replace = pictures, transform, seed, replace
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor | None, int, dict[str, str]]:
+    def __getitem__(self, item: tuple[int, int]) -> _Item:
         epoch, wanted = item
         bad: dict[str, str] = {}
         for offset in range(len(self.pictures) if self.replace else 1):
@@ -197,10 +208,10 @@ class _Readable(Dataset[Any]):
                 continue
             if self.replace:
                 seed_all(self.seed, "picture", epoch, wanted)
-            return self.transform(picture), int(self.pictures.labels[index]), bad
+            return _Item(self.transform(picture), int(self.pictures.labels[index]), index, bad)
         if self.replace:
             raise UserError(f"none of {len(self.pictures)} pictures can be read; the first failed with {_first(bad)}.")
-        return None, -1, bad
+        return _Item(None, -1, -1, bad)
 
 
 def _first(bad: dict[str, str]) -> str:
@@ -208,8 +219,9 @@ def _first(bad: dict[str, str]) -> str:
     return f"{reason} ({name})"
 
 
-def _collate(items: list[tuple[Tensor | None, int, dict[str, str]]]) -> tuple[Tensor, Tensor, dict[str, str]]:
-    good = [(image, label) for image, label, _ in items if image is not None]
-    bad = {name: reason for _, _, names in items for name, reason in names.items()}
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([label for _, label in good], dtype=torch.int64), bad
+def _collate(items: list[_Item]) -> tuple[Batch, dict[str, str]]:
+    bad = {name: reason for item in items for name, reason in item.bad.items()}
+    good = [item for item in items if item.image is not None]
+    images = torch.stack([item.image for item in good if item.image is not None]) if good else torch.empty(0)
+    targets = torch.tensor([item.label for item in good], dtype=torch.int64)
+    return Batch(images, targets, torch.tensor([item.number for item in good], dtype=torch.int64)), bad

@@ -92,7 +92,7 @@ class Snapshots:
         if self._pictures is None:
             self._pictures = list(self.loader.batches([spread(source.test.labels, PICTURES)]))
         for batch in self._pictures:  # one, or none if they cannot be read
-            images, targets = self.finish(*batch)
+            images, targets = self.finish(batch.images, batch.targets)
             seed_all(self.setup.recipe.seed, "panels", epoch)
             method.eval()
             with torch.no_grad(), self.accelerator.autocast():

@@ -60,7 +60,7 @@ def sheet_of(setup: Setup, count: int) -> tuple[list[Panel], list[str]]:
     batch = next(loader.batches([spread(source.test.labels, count)]), None)
     if batch is None:
         raise UserError("none of the test pictures to show can be read.")
-    images, targets = Finisher(source.mean, source.std, source.num_classes)(*batch)
+    images, targets = Finisher(source.mean, source.std, source.num_classes)(batch.images, batch.targets)
     setup.method.eval()
     with torch.no_grad():
         panels = to_pixels(setup.method.pictures(images), source.mean, source.std)

@@ -219,7 +219,7 @@ def pictures(setup: Setup, count: int, device: torch.device) -> list[Tensor]:
     chosen = torch.randperm(len(source.train), generator=generator(recipe.seed, "suggest-keep"))[:count]
     finish = Finisher(source.mean, source.std, source.num_classes)
     batches = loader.batches(list(chosen.split(recipe.data.eval_batch_size)))
-    return [finish(*batch)[0] for batch in batches]
+    return [finish(batch.images, batch.targets)[0] for batch in batches]
 
 
 def main(argv: Sequence[str]) -> int:

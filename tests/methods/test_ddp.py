@@ -13,7 +13,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmkd.methods import DMAE, DPK, MaskedDINO, MaskedKD
+from fastmkd.methods import DMAE, DPK, FeatureKD, MaskedDINO, MaskedKD
+from fastmkd.methods.crd import CRD, Memory
 from fastmkd.methods.moco import contrastive_loss
 from fastmkd.methods.dpk_ratio import CkaGap
 
@@ -102,6 +103,34 @@ for pool in ("token", "avg", "map"):
             assert a.grad is None and not b.requires_grad, name
         else:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+# CRD: every rank's bank takes in the images of all, and the gradient is that of the whole batch.
+Memory.draw = lambda self, numbers: (numbers[:, None] + 1 + torch.arange(3)) % 5
+
+
+def crd(seed):
+    torch.manual_seed(seed)
+    base, layers = CRD(negatives=3, width=4), {"blocks.1": "blocks.1"}
+    student, teacher = make(seed, VisionTransformer), make(7, VisionTransformer)
+    return FeatureKD(student, teacher, base, layers, train_labels=torch.arange(5)).train()
+
+
+method, whole, numbers = crd(rank), crd(0), torch.tensor([4, 0, 3, 2])
+ddp = DistributedDataParallel(method)
+for _ in range(2):
+    ddp.zero_grad()
+    whole.zero_grad()
+    ddp(images[mine], targets[mine], numbers=numbers[mine]).loss.backward()
+    whole(images, targets, numbers=numbers).loss.backward()  # both ranks give it the same images
+    for (name, a), b in zip(method.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+for name in ("rows", "log_z"):
+    own, expected = (getattr(m.heads["memory0"], name) for m in (method, whole))
+    torch.testing.assert_close(own, expected)
+    both = [torch.empty_like(own) for _ in range(2)]
+    dist.all_gather(both, own)
+    assert torch.equal(*both), name
+assert not ddp.modules_buffers  # banks are not sent around
 
 # DINO: the centre is that of all ranks, and the teachers stay the same.
 method = MaskedDINO(make(rank, VisionTransformer), out_features=6, hidden=8, bottleneck=4, local_crops=0).train()

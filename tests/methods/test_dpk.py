@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from dpk_networks import SMALL, TARGETS, cnn, make, pictures
 from tiny_vits import kl, tiny
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmkd
 from fastmkd.methods.dpk_ratio import LinearDecay
+from fastmkd.methods.dpk_stage import draw_from_teacher
 
 
 def tokens_by_hand(feature: torch.Tensor, lift: nn.Conv2d, blocks: nn.Module, position: torch.Tensor) -> torch.Tensor:
@@ -70,6 +72,21 @@ def test_loss_by_hand(patch_size, monkeypatch):
     torch.testing.assert_close(out.student_output, logits)
     assert out.terms["ratio"] == torch.tensor(0.3)
     assert not any(term.requires_grad for term in out.terms.values())
+
+
+@pytest.mark.parametrize("depths", [(0, 0), (1, 2), (3, 1)])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0, None])
+def test_tokens_left_out_of_the_last_block_change_nothing(depths, share):
+    """On a CPU the last block of an encoder runs for the tokens taken from it; the other way runs it for all."""
+    stage = make(encoder_depth=depths[0], decoder_depth=depths[1], patch_size=2).heads["last"]
+    taken = torch.rand(4, 9) < 0.5 if share is None else draw_from_teacher("random", 4, (3, 3), torch.tensor(share))
+    student, teacher = (torch.randn(4, c, 6, 6, dtype=torch.float64, requires_grad=True) for c in (8, 12))
+    inputs, found = [student, teacher, *stage.parameters()], []
+    for stitch in (stage._stitch_chosen, stage._stitch):
+        hybrid = stitch(student, teacher, taken, stage.position)
+        out = stage.output(stage.decode(hybrid, (3, 3)))
+        found.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    torch.testing.assert_close(*found)
 
 
 def test_each_image_draws_its_own_mask():
@@ -213,6 +230,18 @@ def test_parameter_counts_of_table_17(depths, millions):
     assert round(sum(p.numel() for p in method.heads.parameters()) / 1e6, 1) == millions
 
 
+class Calls(TorchDispatchMode):
+    """Every operation that runs, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def test_student_leaves_clean():
     student, teacher = cnn(0), cnn(1)
     keys, frozen = list(student.state_dict()), [p.requires_grad for p in teacher.parameters()]
@@ -222,6 +251,14 @@ def test_student_leaves_clean():
     method.double()(pictures(), TARGETS).loss.backward()
     assert method.release() is student
     assert list(student.state_dict()) == keys
+    fresh = cnn(0)
+    fresh.load_state_dict(student.state_dict())
+    with Calls() as left, torch.no_grad():
+        found = student.eval()(pictures())
+    with Calls() as never, torch.no_grad():
+        expected = fresh.eval()(pictures())
+    assert torch.equal(found, expected)
+    assert left.names == never.names  # not an operation more than a network that never met a method
     assert not any(module._forward_hooks for net in (student, teacher) for module in net.modules())
     assert [p.requires_grad for p in teacher.parameters()] == frozen
 

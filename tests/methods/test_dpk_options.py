@@ -35,6 +35,45 @@ def test_other_transforms_train(transform):
     assert [name for name, p in method.named_parameters() if p.grad is None] == []
 
 
+def test_convolutions_by_hand():
+    method = make(transform="conv", encoder_depth=2, decoder_depth=1).eval()
+    stage = method.heads["last"]
+    student, teacher = torch.randn(2, 8, 6, 6, dtype=torch.float64), torch.randn(2, 12, 6, 6, dtype=torch.float64)
+    taken = torch.rand(2, 36) < 0.5
+
+    def run(layers, x, count):
+        for conv, norm in zip(layers[::3], layers[1::3], strict=True):
+            x = norm(conv(x)).relu()
+            count -= 1
+        assert count == 0
+        return x
+
+    encoded = (run(stage.encode_student.layers, stage.lift_student(student), 2),
+               run(stage.encode_teacher.layers, stage.lift_teacher(teacher), 2))  # fmt: skip
+    hybrid = run(stage.decode.layers, torch.where(taken.view(2, 1, 6, 6), encoded[1], encoded[0]), 1)
+    expected = torch.einsum("oc,bchw->bohw", stage.output.weight, hybrid) + stage.output.bias[:, None, None]
+    torch.testing.assert_close(stage(student, teacher, taken), expected)
+
+
+def test_mlp_decoder_by_hand():
+    stage = make(transform="mlp-decoder", decoder_depth=2).heads["last"]
+    student, teacher = torch.randn(2, 8, 6, 6, dtype=torch.float64), torch.randn(2, 12, 6, 6, dtype=torch.float64)
+    taken = torch.rand(2, 36) < 0.5
+
+    def encoded(features, lift, mlp):
+        tokens = lift(features).flatten(2).mT + stage.position
+        return mlp.fc2(nn.functional.gelu(mlp.fc1(tokens)))
+
+    own = encoded(student, stage.lift_student, stage.encode_student.mlp)
+    other = encoded(teacher, stage.lift_teacher, stage.encode_teacher.mlp)
+    x = stage.decode.embed(torch.where(taken[:, :, None], other, own) + stage.position)
+    for block in stage.decode.blocks.blocks:
+        x = block(x)
+    expected = stage.output(stage.decode.blocks.norm(x)).mT.unflatten(2, (6, 6))
+    assert len(stage.decode.blocks.blocks) == 2
+    torch.testing.assert_close(stage(student, teacher, taken), expected)
+
+
 def test_one_by_one_is_two_pointwise_convolutions():
     method = make(transform="1x1")
     stage = method.heads["last"]

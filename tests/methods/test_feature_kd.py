@@ -11,7 +11,7 @@ from tiny_vits import kl, tiny
 from torch import Tensor, nn
 
 from fastmkd.methods import FeatureKD
-from fastmkd.methods.baselines import Answers, AttentionTransfer, DecoupledKD
+from fastmkd.methods.baselines import Answers, AttentionTransfer, DecoupledKD, Step
 
 TARGETS = torch.tensor([0, 4, 2])
 
@@ -54,7 +54,7 @@ def test_attention_transfer():
     student = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     teacher = torch.randn(2, 5, 8, 8, dtype=torch.float64)
     found = AttentionTransfer().loss(
-        nn.ModuleDict(), Answers(student, [student]), Answers(teacher, [teacher]), TARGETS, 1, 0
+        nn.ModuleDict(), Answers(student, [student]), Answers(teacher, [teacher]), Step(TARGETS)
     )
     total = 0.0
     for b in range(2):
@@ -80,13 +80,13 @@ def test_decoupled_kd(tau):
         p_hat, q_hat = p[others] / p[others].sum(), q[others] / q[others].sum()
         expected = expected + (2 * binary + 3 * (p_hat * (p_hat / q_hat).log()).sum()) * tau**2 / 3
     for epoch, share in ((0, 0.25), (3, 1.0), (9, 1.0)):
-        found = base.loss(nn.ModuleDict(), Answers(s), Answers(t), TARGETS, tau, epoch)
+        found = base.loss(nn.ModuleDict(), Answers(s), Answers(t), Step(TARGETS, tau, epoch))
         torch.testing.assert_close(found, share * expected)
     (grad,) = torch.autograd.grad(found, s)
     (by_hand,) = torch.autograd.grad(expected, s)
     torch.testing.assert_close(grad, by_hand)
     with pytest.raises(ValueError, match="soft labels"):
-        base.loss(nn.ModuleDict(), Answers(s), Answers(t), t.softmax(1), tau, 0)
+        base.loss(nn.ModuleDict(), Answers(s), Answers(t), Step(t.softmax(1), tau))
 
 
 def test_dkd_grows_with_the_epochs():
@@ -98,7 +98,7 @@ def test_dkd_grows_with_the_epochs():
 
 def test_dkd_of_two_classes_in_float32():
     s, t = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2)
-    loss = DecoupledKD(warmup_epochs=0).loss(nn.ModuleDict(), Answers(s), Answers(t), torch.tensor([0, 1, 1]), 1.0, 0)
+    loss = DecoupledKD(warmup_epochs=0).loss(nn.ModuleDict(), Answers(s), Answers(t), Step(torch.tensor([0, 1, 1])))
     loss.backward()
     assert s.grad.isfinite().all()
 
@@ -161,7 +161,7 @@ def test_student_leaves_clean():
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"base": "crd"}, ValueError, "base is 'crd'; available are 'kd', 'fitnet'"),
+        ({"base": "pkt"}, ValueError, "base is 'pkt'; available are 'kd', 'fitnet'"),
         ({"base": "fitnet"}, ValueError, "base 'fitnet' compares feature maps"),
         ({"base": "at", "layers": {"lost": "last"}}, ValueError, "student has no module 'lost'"),
         ({"weight": -1.0}, ValueError, "weight is -1"),

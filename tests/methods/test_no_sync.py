@@ -1,13 +1,18 @@
-"""A step of MaskedKD or DMAE asks the device for no number: tensors without values have none, so whoever asks fails."""
+"""No step of a method asks the device for a number. Tensors without values have none, so whoever asks one fails."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from dpk_networks import cnn
+from dpk_networks import pictures as cnn_pictures
 from tiny_vits import TARGETS, pictures, tiny
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from fastmkd import DMAE, MaskedKD
+from fastmkd import DMAE, DPK, MaskedKD
+from fastmkd.methods import FeatureKD
+from fastmkd.methods.crd import CRD
+from fastmkd.methods.fgd import FGDImitation
 
 OPTIONS = [
     {"keep_ratio": 0.5},
@@ -15,6 +20,15 @@ OPTIONS = [
     {"base": "manifold", "strategy": "random"},
     {"base": "attention", "strategy": "patch"},
     {"mask": "student", "strategy": "bottom"},
+]
+
+
+DPK_OPTIONS = [
+    {},
+    {"ratio": "cosine"},
+    {"ratio": "linear", "mask": "grid"},
+    {"mask": "block", "target": "non-masked"},
+    {"prior": "learnable", "transform": "conv"},
 ]
 
 
@@ -82,6 +96,43 @@ def test_the_backward_pass_reads_no_number(options, monkeypatch):
     method = MaskedKD(tiny(0), tiny(1, img_size=48), **options).to("meta").train()
     step(method, pictures().to("meta"), TARGETS.to("meta"))
     assert all(p.grad is not None for p in method.parameters())
+
+
+def dpk(options):
+    sizes = {"encoder_depth": 1, "decoder_depth": 1, "width": 16, "image_size": 24}
+    return DPK(cnn(0), cnn(1), {"last": "last"}, **sizes, **options).float()
+
+
+@pytest.mark.parametrize(("options", "batch"), [({}, 1), *((options, 4) for options in DPK_OPTIONS)])
+def test_dpk_reads_no_number(options, batch, monkeypatch):
+    method = dpk(options)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images, targets = cnn_pictures(count=batch).float().to("cuda"), torch.arange(batch).to("cuda")
+        out = method.to("cuda").train()(images, targets)
+    assert out.loss.is_cuda
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    method = dpk(options).to("meta").train()
+    step(method, cnn_pictures(count=4).float().to("meta"), torch.arange(4, device="meta"))
+    assert all(p.grad is not None for p in method.parameters())
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_fgd_reads_no_number(hybrid):
+    sizes, options = [(6, 8), (3, 4)], {"encoder_depth": 1, "decoder_depth": 1, "width": 16} if hybrid else {}
+    term = FGDImitation(4, 6 if hybrid else 4, sizes, hybrid=hybrid, **options)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        maps = [[torch.randn(4, c, *size).to("cuda") for size in sizes] for c in (4, 6 if hybrid else 4)]
+        boxes = [torch.rand(count, 4).to("cuda") for count in (2, 0, 1, 3)]
+        assert term.to("cuda").train()(*maps, boxes, (48, 64)).is_cuda
+
+
+def test_crd_reads_no_number():
+    labels = torch.arange(20) % 4
+    method = FeatureKD(cnn(0), cnn(1), CRD(9, width=8), {"last": "last"}, image_size=24, train_labels=labels).float()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images, numbers = cnn_pictures(count=4).float().to("cuda"), torch.arange(4).to("cuda")
+        out = method.to("cuda").train()(images, torch.arange(4).to("cuda"), numbers)
+    assert out.loss.is_cuda
 
 
 @pytest.mark.gpu

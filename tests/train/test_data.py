@@ -257,8 +257,11 @@ def test_bad_pictures_are_skipped_and_named(tmp_path, workers):
     batches = list(loader.batches(epoch_plan(8, 4, seed=0, epoch=0)))
     assert [batch.images.shape for batch in batches] == [(4, 3, 16, 16)] * 2
     assert sorted(loader.bad) == [str(broken), str(root / "train" / "dog" / "3.png")]
+    # The next readable picture stands in, under its own number.
+    assert torch.cat([batch.numbers for batch in batches]).sort().values.tolist() == [0, 0, 2, 2, 3, 4, 5, 6]
+    assert all(torch.equal(source.train.labels[batch.numbers], batch.targets) for batch in batches)
     tester = Loader(source.test, recipe, None, 16, CPU, seed=0)
-    assert sum(len(batch.targets) for batch in tester.batches(eval_plan(8, 3))) == 7
+    assert [n for batch in tester.batches(eval_plan(8, 3)) for n in batch.numbers.tolist()] == [0, 1, 2, 3, 5, 6, 7]
     assert list(tester.bad) == [str(root / "val" / "dog" / "0.png")]
 
 
@@ -270,6 +273,16 @@ def test_only_bad_pictures_is_an_error(tmp_path):
     loader = Loader(load_data(recipe).train, recipe, AugmentRecipe(), 16, CPU, seed=0)
     with pytest.raises(UserError, match="none of 2 pictures"):
         list(loader.batches(epoch_plan(2, 2, seed=0, epoch=0)))
+
+
+def test_batches_from_memory_say_their_numbers():
+    recipe = DataRecipe(name="digits")
+    source = load_data(recipe)
+    loader = Loader(source.train, recipe, AugmentRecipe(), 8, CPU, seed=0)
+    plan = epoch_plan(len(source.train), 32, seed=0, epoch=0)
+    for batch, numbers in zip(loader.batches(plan, start=2), plan[2:], strict=True):
+        assert torch.equal(batch.numbers, numbers)
+        assert torch.equal(batch.images, source.train.images[numbers])
 
 
 def test_pictures_do_not_depend_on_workers_or_on_where_reading_starts(tmp_path):

@@ -35,7 +35,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], dict[str, str]]
 SMALL = {"encoder_depth": 1, "decoder_depth": 1, "width": 8}
 METHODS = {
     "fastmkd.DPK": [SMALL],
-    "fastmkd.methods.FeatureKD": [{"base": base} for base in ("fitnet", "at", "reviewkd", "crd-batch")],
+    "fastmkd.methods.FeatureKD": [{"base": base} for base in ("fitnet", "at", "reviewkd", "crd", "crd-batch")],
 }
 
 
@@ -61,7 +61,8 @@ def test_builds_and_takes_a_step(pair, tmp_path):
             setup = assemble(load_recipe(path), train=pytest.fail)
             keys = list(setup.student.state_dict())
             method = setup.method.train()
-            out = method(torch.randn(4, 1, 32, 32), torch.tensor([0, 3, 1, 9]))
+            told = {"numbers": torch.tensor([5, 700, 3, 2])} if method.needs_image_numbers else {}
+            out = method(torch.randn(4, 1, 32, 32), torch.tensor([0, 3, 1, 9]), **told)
             out.loss.backward()
             assert out.loss.isfinite()
             assert [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -9,8 +9,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from fastmkd.methods.crd import Memory
 from fastmkd.train.engine import Trainer, train
 from fastmkd.train.errors import UserError
+from fastmkd.train.loading import epoch_plan
 from fastmkd.train.recipe import load_recipe
 
 DPK = """
@@ -48,7 +50,14 @@ def test_trains_and_leaves_a_bare_student(dpk):
     student.load_state_dict(load_file(result["weights"]))
 
 
-def test_resume_is_exact(dpk, monkeypatch):
+CRD = (
+    "--method={class_path: fastmkd.methods.FeatureKD, init_args: {layers: {blocks.1: blocks.0}, base: {class_path: "
+    "fastmkd.methods.crd.CRD, init_args: {negatives: 40, width: 8}}}}"
+)
+
+
+@pytest.mark.parametrize("method", [[], [CRD]], ids=["dpk", "crd"])
+def test_resume_is_exact(dpk, monkeypatch, method):
     original, crashed = Trainer._update, []
 
     def update(self, batches, meter):
@@ -57,13 +66,25 @@ def test_resume_is_exact(dpk, monkeypatch):
             raise RuntimeError("crash")
         original(self, batches, meter)
 
-    train(load_recipe("dpk.yaml", ["--name=whole", "--run.save_every=2"]))
+    options = [*method, "--run.save_every=2"]
+    train(load_recipe("dpk.yaml", ["--name=whole", *options]))
     monkeypatch.setattr(Trainer, "_update", update)
     with pytest.raises(RuntimeError, match="crash"):
-        train(load_recipe("dpk.yaml", ["--name=again", "--run.save_every=2"]))
-    train(load_recipe("dpk.yaml", ["--name=again", "--run.save_every=2"]))
-    whole, again = (load_file(dpk / f"runs/{name}/model.safetensors") for name in ("whole", "again"))
-    assert all(torch.equal(value, again[key]) for key, value in whole.items())
+        train(load_recipe("dpk.yaml", ["--name=again", *options]))
+    train(load_recipe("dpk.yaml", ["--name=again", *options]))
+    for part in ("model", "checkpoints/step_00000012/method"):
+        whole, again = (load_file(dpk / f"runs/{name}/{part}.safetensors") for name in ("whole", "again"))
+        assert all(torch.equal(value, again[key]) for key, value in whole.items())
+
+
+def test_the_bank_is_told_the_pictures_numbers(dpk):
+    train(load_recipe("dpk.yaml", [CRD, "--schedule.epochs=1", "--data.limit=40", "--augment.mixup=0.8"]))
+    saved = load_file(dpk / "runs/dpk/checkpoints/step_00000002/method.safetensors")
+    seen = epoch_plan(40, 16, seed=0, epoch=0).flatten()
+    untouched = Memory(torch.arange(40), 8, 40, 0.5, 0.07).rows
+    assert saved["heads.memory0.rows"].shape == (2, 40, 8)
+    changed = (saved["heads.memory0.rows"] != untouched).any(2).all(0)
+    assert changed.nonzero()[:, 0].tolist() == seen.sort().values.tolist()
 
 
 def test_schedule_is_told_the_epoch(dpk):
@@ -84,7 +105,7 @@ def test_a_wrong_layer_is_a_sentence(dpk):
         train(load_recipe("dpk.yaml", ["--method.init_args.layers={blocks.7: blocks.0}"]))
 
 
-@pytest.mark.parametrize("base", ["kd", "fitnet", "at", "dkd", "reviewkd", "crd-batch"])
+@pytest.mark.parametrize("base", ["kd", "fitnet", "at", "dkd", "reviewkd", "crd", "crd-batch"])
 def test_baselines_by_key(dpk, base):
     layers = "layers: {blocks.1: blocks.0}" if base not in ("kd", "dkd") else ""
     method = f"--method={{class_path: fastmkd.methods.FeatureKD, init_args: {{base: {base}, {layers}}}}}"
