@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from .choices import choose
 from .crops import random_crops
 from .dino_head import DinoHead, dino_loss
 from .panels import kept_panel, saliency_panel
-from .self_distillation import SelfDistillation, check_momentum
+from .self_distillation import AlignWith, SelfDistillation, check_momentum
 from .skipped import SkippedBatches
 from .strategies import STRATEGIES, MaskStrategy, Scores
 from .views import Needs, View, observe
@@ -51,6 +51,12 @@ class MaskedDINO(SelfDistillation):
         local_size: their side in pixels; None takes 96 / 224 of the image's, rounded to whole patches.
         global_scale: smallest and largest share of the area of a global crop.
         local_scale: the same of a local crop.
+        teacher: a larger pre-trained ViT with patches as the student's, frozen in place, whose features the student's
+            follow on whole images (DMAE, Section 4.8); None for none.
+        alpha: weight of that alignment.
+        student_layer: aligned block of the student, from 1, or several; None is three quarters of the depth.
+        teacher_layer: aligned block of that teacher for each; None is the same share of the depth.
+        align_head: what is put on the student's features, see `fastmkd.DMAE`.
 
     Attributes:
         skipped: batches that were left out because the teacher's output was not finite.
@@ -90,6 +96,11 @@ class MaskedDINO(SelfDistillation):
         local_size: int | None = None,
         global_scale: tuple[float, float] = (0.4, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
+        teacher: nn.Module | None = None,
+        alpha: float = 1.0,
+        student_layer: int | Sequence[int] | None = None,
+        teacher_layer: int | Sequence[int] | None = None,
+        align_head: Literal["mlp2", "linear", "mlp3"] = "mlp2",
     ) -> None:
         if not 0 < keep_ratio <= 1:
             raise ValueError(f"keep_ratio is {keep_ratio}; expected a share of the patches above 0 and at most 1.")
@@ -111,7 +122,8 @@ class MaskedDINO(SelfDistillation):
                 "student takes one image size only but local crops are smaller; create it with dynamic_img_size=True, "
                 "or use local_crops=0."
             )
-        super().__init__(student, momentum, total_updates)
+        align = None if teacher is None else AlignWith(teacher, alpha, student_layer, teacher_layer, align_head)
+        super().__init__(student, momentum, total_updates, align)
         self.heads["dino"] = DinoHead(vit.embed_dim, out_features, hidden, bottleneck)
         self.follow({"backbone": self._student_vit.model, "head": self.heads["dino"]})
         self.__dict__["_teacher_vit"] = MaskedViT(self.ema["backbone"])
@@ -144,7 +156,7 @@ class MaskedDINO(SelfDistillation):
             )
         self.begin_step()
         large, small = torch.cat(crops[:2]), crops[2:]
-        needs = Needs(features=True)
+        needs = self.needs()
         if self.keep_ratio < 1:
             needs |= self.strategy.needs(self._student_vit)
         seen = observe(self._student_vit, large, None, needs)
@@ -156,10 +168,10 @@ class MaskedDINO(SelfDistillation):
         good = teacher.isfinite().all()
         self.skipped.note(good)
         teacher = torch.where(good, teacher, torch.zeros_like(teacher))
-        loss = dino_loss(student, teacher, self.center, self.student_temperature, self.teacher_temperature) * good
+        loss = dino_loss(student, teacher, self.center, self.student_temperature, self.teacher_temperature)
         if self.training:
             self._move_center(teacher, good)
-        return DistillOutput(loss, {"dino": loss.detach()}, features[0][: len(crops[0])])
+        return self.output(loss, "dino", good, features[0][: len(crops[0])], self.aligned(large, seen))
 
     def cut(self, images: Tensor) -> list[Tensor]:
         """Cuts two global crops of the images' size, and the local ones.
@@ -191,10 +203,6 @@ class MaskedDINO(SelfDistillation):
             saliency_panel(scores.values, scores.grid, size),
             kept_panel(keep, view.grid, size),
         ]
-
-    def _features(self, view: View) -> Tensor:
-        assert view.features is not None
-        return view.features
 
     @torch.no_grad()
     def _ask_teacher(self, images: Tensor, student: View) -> Tensor:

@@ -8,26 +8,18 @@ Student and teacher see the same visible patches and nothing else; the teacher s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.vit import MaskedViT
+from .alignment import Alignment, Layers, check_pair, observe_blocks, pair_layers, prefix_length
 from .base import DistillMethod, DistillOutput, Panel
-from .dmae_checks import (
-    Layers,
-    check_numbers,
-    check_pair,
-    check_student,
-    common_prefix,
-    pair_layers,
-    prefix_length,
-)
+from .dmae_checks import check_numbers, check_student
 from .features import eval_mode
-from .mae_decoder import MAEDecoder, projection_head
+from .mae_decoder import MAEDecoder
 from .mae_parts import (
     count_hidden,
     draw_patches,
@@ -44,37 +36,6 @@ from .teacher_input import Norm, TeacherInput
 from .views import blocks_of
 
 __all__ = ["DMAE"]
-
-
-class BlockOutputs(NamedTuple):
-    """Outputs of some blocks of a ViT.
-
-    Attributes:
-        tokens: ``(B, P + k, D)`` by the block's index from 0.
-    """
-
-    tokens: dict[int, Tensor]
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> BlockOutputs:
-        """The same with a function applied to every tensor.
-
-        Args:
-            fn: for example a move to another device.
-        """
-        return BlockOutputs({block: fn(x) for block, x in self.tokens.items()})
-
-
-def observe_blocks(vit: MaskedViT, images: Tensor, keep: Tensor, blocks: Sequence[int]) -> BlockOutputs:
-    """Runs a ViT on the kept patches up to the last of some blocks.
-
-    Args:
-        vit: the network.
-        images: ``(B, C, H, W)``.
-        keep: ``(B, k)`` patches.
-        blocks: indices from 0.
-    """
-    wanted = sorted(set(blocks))
-    return BlockOutputs(dict(zip(wanted, vit.forward_intermediates(images, wanted, keep), strict=True)))
 
 
 class DMAE(DistillMethod):
@@ -189,8 +150,7 @@ class DMAE(DistillMethod):
             self.heads["norm"] = nn.LayerNorm(vit.embed_dim, eps=1e-6)
         self.heads["decoder"] = MAEDecoder(vit.embed_dim, weight[0].numel(), prefix, grid, width, depth, num_heads)
         if self.layers:
-            target = self._teacher_vit.embed_dim
-            self.heads["project"] = nn.ModuleList(projection_head(head, vit.embed_dim, target) for _ in self.layers)
+            self.heads["project"] = Alignment(vit, self._teacher_vit, self.layers, head, self.loss, self.normalize)
         if self.student_positions == "sincos":
             positions = vit.model.pos_embed  # (1, N, D), or (1, P + N, D)
             fixed = sincos_positions(grid, vit.embed_dim, positions.shape[1] - math.prod(grid))
@@ -233,7 +193,7 @@ class DMAE(DistillMethod):
         mae = masked_patch_loss(prediction, images, hidden, self.patch_size, self.normalize_target)
         loss, terms = mae, {"mae": mae}
         if self.layers:
-            errors = [error.mean() for error in self._differences(outputs, taught)]
+            errors = [error.mean() for error in self.heads["project"](outputs, taught)]
             terms["align"] = torch.stack(errors).sum()
             loss = mae + self.alpha * terms["align"]
             if len(errors) > 1:
@@ -293,7 +253,7 @@ class DMAE(DistillMethod):
             Panel("reconstruction", paste_patches(images, hidden, pixels, self.patch_size), "image"),
         ]
         if self.layers:
-            far = self._differences(outputs, taught)[-1].mean(-1)[:, -keep.shape[1] :]  # (B, k)
+            far = self.heads["project"](outputs, taught)[-1].mean(-1)[:, -keep.shape[1] :]  # (B, k)
             nowhere = far.amin(1, keepdim=True).expand(-1, math.prod(grid))
             panels.append(
                 saliency_panel(nowhere.scatter(1, keep, far), grid, size)._replace(title="distance to teacher")
@@ -308,7 +268,7 @@ class DMAE(DistillMethod):
         """The teacher's aligned blocks by index, without gradients."""
         if not self.layers:
             return {}
-        blocks = tuple(layer - 1 for _, layer in self.layers)
+        blocks = self.heads["project"].teacher_blocks
         return self._teacher_call(self._teacher_vit, self._teacher_input(images), keep, blocks).tokens
 
     def _encode(self, images: Tensor, keep: Tensor) -> tuple[dict[int, Tensor], Tensor]:
@@ -319,22 +279,6 @@ class DMAE(DistillMethod):
         if "norm" in self.heads:
             return outputs, self.heads["norm"](outputs[last])
         return outputs, self._student_vit.model.norm(outputs[last])
-
-    def _differences(self, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> list[Tensor]:
-        """For each pair of layers absolute or squared differences ``(B, c + k, D_T)``, c common prefix tokens first."""
-        own, other = self._student_vit, self._teacher_vit
-        common = common_prefix(own, other)
-        found = []
-        for (s, t), project in zip(self.layers, self.heads["project"], strict=True):  # type: ignore[call-overload]
-            projected = project(_rows(student[s - 1], prefix_length(own), common))
-            target = _rows(teacher[t - 1], prefix_length(other), common)
-            wide = torch.promote_types(torch.promote_types(projected.dtype, target.dtype), torch.float32)
-            projected, target = projected.to(wide), target.to(wide)
-            if self.normalize:
-                projected, target = F.normalize(projected, dim=-1), F.normalize(target, dim=-1)
-            gap = projected - target
-            found.append(gap.abs() if self.loss == "l1" else gap.square())
-        return found
 
 
 def image_size(vit: MaskedViT) -> tuple[int, int]:
@@ -381,8 +325,3 @@ def _reached(vit: MaskedViT) -> set[int]:
         return set()
     found = torch.autograd.grad(out.sum(), parameters, allow_unused=True)
     return {id(p) for p, gradient in zip(parameters, found, strict=True) if gradient is not None}
-
-
-def _rows(x: Tensor, prefix: int, common: int) -> Tensor:
-    """``(B, P + k, D)`` -> ``(B, c + k, D)``: the first c prefix tokens and the patches."""
-    return x if prefix == common else torch.cat((x[:, :common], x[:, prefix:]), dim=1)

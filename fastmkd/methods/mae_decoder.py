@@ -1,4 +1,4 @@
-"""What stands on the encoder in MAE and DMAE: the decoder that predicts pixels, and heads that predict features."""
+"""What stands on the encoder in MAE and DMAE: the decoder that predicts pixels."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from torch import Tensor, nn
 from ..nn.attention import run_block_on_rows, runs_on_rows
 from .mae_parts import sincos_positions, unshuffle_tokens
 
-__all__ = ["HEADS", "MAEDecoder", "initialise", "projection_head"]
-
-# Linear layers by the name of a projection head (DMAE, Table 3a).
-HEADS = {"linear": 1, "mlp2": 2, "mlp3": 3}
+__all__ = ["MAEDecoder"]
 
 
 class MAEDecoder(nn.Module):
@@ -58,7 +55,7 @@ class MAEDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.predict = nn.Linear(width, pixels)
         self.register_buffer("positions", sincos_positions(grid, width, num_prefix_tokens), persistent=False)
-        initialise(self)
+        _initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: Tensor, keep: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -93,32 +90,8 @@ class MAEDecoder(nn.Module):
         return sincos_positions(grid, self.positions.shape[1], self.num_prefix_tokens).to(self.positions)
 
 
-def projection_head(kind: str, width: int, target: int) -> nn.Sequential:
-    """Makes what turns a student's features into a teacher's (DMAE, Section 4.1 and Table 3a).
-
-    Args:
-        kind: "linear", "mlp2" or "mlp3", with as many linear layers and GELU between them.
-        width: of the student's features.
-        target: of the teacher's features and of everything between.
-
-    Example:
-        >>> [type(layer).__name__ for layer in projection_head("mlp2", 4, 6)]
-        ['Linear', 'GELU', 'Linear']
-    """
-    layers: list[nn.Module] = [nn.Linear(width, target)]
-    for _ in range(HEADS[kind] - 1):
-        layers += [nn.GELU(), nn.Linear(target, target)]
-    head = nn.Sequential(*layers)
-    initialise(head)
-    return head
-
-
-def initialise(module: nn.Module) -> None:
-    """Initialises linear layers as MAE does: Xavier uniform, without biases.
-
-    Args:
-        module: with all that it holds.
-    """
+def _initialise(module: nn.Module) -> None:
+    """Initialises linear layers as MAE does: Xavier uniform, without biases."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..nn.vit import MaskedViT
 from .base import DistillOutput
-from .self_distillation import SelfDistillation
+from .self_distillation import AlignWith, SelfDistillation
 from .skipped import SkippedBatches
 from .views import Needs, observe
 
@@ -91,6 +91,12 @@ class MoCoV3(SelfDistillation):
         out_features: width of queries and keys.
         scale: smallest and largest share of the area of a view, if `forward` cuts them.
         freeze_patch_embed: False trains the patch embedding too.
+        teacher: a larger pre-trained ViT with patches as the student's, frozen in place, whose features the student's
+            follow on whole images (DMAE, Section 4.8); None for none.
+        alpha: weight of that alignment.
+        student_layer: aligned block of the student, from 1, or several; None is three quarters of the depth.
+        teacher_layer: aligned block of that teacher for each; None is the same share of the depth.
+        align_head: what is put on the student's features, see `fastmkd.DMAE`.
 
     Attributes:
         skipped: batches that were left out because the keys were not finite.
@@ -122,6 +128,11 @@ class MoCoV3(SelfDistillation):
         out_features: int = 256,
         scale: tuple[float, float] = (0.08, 1.0),
         freeze_patch_embed: bool = True,
+        teacher: nn.Module | None = None,
+        alpha: float = 1.0,
+        student_layer: int | Sequence[int] | None = None,
+        teacher_layer: int | Sequence[int] | None = None,
+        align_head: Literal["mlp2", "linear", "mlp3"] = "mlp2",
     ) -> None:
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature is {temperature}; expected a finite positive number.")
@@ -129,7 +140,8 @@ class MoCoV3(SelfDistillation):
             if count < 1:
                 raise ValueError(f"{name} is {count}; expected at least 1.")
         self.freeze_patch_embed = freeze_patch_embed  # unreachable_parameters, which the base class calls, asks for it
-        super().__init__(student, momentum, total_updates)
+        align = None if teacher is None else AlignWith(teacher, alpha, student_layer, teacher_layer, align_head)
+        super().__init__(student, momentum, total_updates, align)
         width = self._student_vit.embed_dim
         self.heads["project"] = mlp(3, width, hidden, out_features)
         self.heads["predict"] = mlp(2, out_features, hidden, out_features)
@@ -165,20 +177,19 @@ class MoCoV3(SelfDistillation):
         if len(views) != 2 or views[0].shape != views[1].shape:
             raise ValueError("images holds no two views of one shape; pass two, or a batch to cut them from.")
         self.begin_step()
-        needs = Needs(features=True)
-        features = observe(self._student_vit, torch.cat(views), None, needs).features
-        assert features is not None
+        images = torch.cat(views)
+        student = observe(self._student_vit, images, None, self.needs())
+        features = self._features(student)
         # Each view has its own batch statistics, as if it were alone.
         queries = [self.heads["predict"](self.heads["project"](part)) for part in features.chunk(2)]
         with torch.no_grad():
-            seen = observe(self._teacher_vit, torch.cat(views), None, needs).features
-            assert seen is not None
+            seen = self._features(observe(self._teacher_vit, images, None, Needs(features=True)))
             keys = [self.ema["project"](part) for part in seen.chunk(2)]
         good = torch.stack([key.isfinite().all() for key in keys]).all()
         self.skipped.note(good)
         keys = [torch.where(good, key, torch.zeros_like(key)) for key in keys]
-        loss = sum(contrastive_loss(q, k, self.temperature) for q, k in zip(queries, keys[::-1], strict=True)) * good
-        return DistillOutput(loss, {"moco": loss.detach()}, features[: len(views[0])])
+        loss = sum(contrastive_loss(q, k, self.temperature) for q, k in zip(queries, keys[::-1], strict=True))
+        return self.output(loss, "moco", good, features[: len(views[0])], self.aligned(images, student))
 
     def train(self, mode: bool = True) -> Self:
         """Sets the student's and the heads' mode; the averages' batch norms go with them, the rest is in eval mode.

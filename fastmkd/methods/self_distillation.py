@@ -1,6 +1,8 @@
 r"""What methods share whose teacher is a moving average of the student (DINO, MoCo v3).
 
 .. math:: \theta_T \leftarrow m \, \theta_T + (1 - m) \, \theta_S
+
+A layer of the student may follow one of a frozen network besides (DMAE, Section 4.8).
 """
 
 from __future__ import annotations
@@ -8,17 +10,37 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.vit import MaskedViT
-from .base import DistillMethod
+from .alignment import HEADS, Alignment, Layers, check_pair, observe_blocks, pair_layers, prefix_length
+from .base import DistillMethod, DistillOutput
 from .crops import random_crops
-from .views import classifier_of
+from .maskedkd_checks import wrap
+from .views import Needs, View, blocks_of, classifier_of
 
-__all__ = ["SelfDistillation", "check_momentum"]
+__all__ = ["AlignWith", "SelfDistillation", "check_momentum"]
+
+
+class AlignWith(NamedTuple):
+    """A frozen network to follow, with the options that `DMAE` has.
+
+    Attributes:
+        teacher: timm ViT with patches as the student's; frozen in place.
+        alpha: weight of the alignment.
+        student_layer: aligned block of the student, from 1, or several; None is three quarters of the depth.
+        teacher_layer: aligned block of the teacher for each; None is the same share of the depth.
+        head: "mlp2", "linear" or "mlp3".
+    """
+
+    teacher: nn.Module
+    alpha: float = 1.0
+    student_layer: Layers = None
+    teacher_layer: Layers = None
+    head: Literal["mlp2", "linear", "mlp3"] = "mlp2"
 
 
 class SelfDistillation(DistillMethod):
@@ -31,14 +53,14 @@ class SelfDistillation(DistillMethod):
         student: timm VisionTransformer (or a `MaskedViT`); trained in place. Its classifier is not used.
         momentum: m at the beginning.
         total_updates: optimizer steps until m reaches 1; None keeps it as it is.
-        teacher: a frozen network besides, see `DistillMethod`.
-        teacher_device: keeps that on this device.
+        align: a frozen pre-trained ViT whose layers the student's follow; None for none.
 
     Raises:
-        TypeError: a student that is not a maskable ViT.
-        ValueError: a distilled DeiT, or a number out of range.
+        TypeError: a network that is not a maskable ViT.
+        ValueError: a distilled DeiT, a number out of range, or networks that cut the image differently.
     """
 
+    pretrains = True
     ema: nn.ModuleDict
     updates: Tensor
     _student_vit: MaskedViT
@@ -48,9 +70,7 @@ class SelfDistillation(DistillMethod):
         student: nn.Module,
         momentum: float,
         total_updates: int | None,
-        teacher: nn.Module | None = None,
-        *,
-        teacher_device: torch.device | str | None = None,
+        align: AlignWith | None = None,
     ) -> None:
         check_momentum("momentum", momentum)
         if total_updates is not None and total_updates < 1:
@@ -58,13 +78,69 @@ class SelfDistillation(DistillMethod):
         vit = student if isinstance(student, MaskedViT) else MaskedViT(student)
         if len(classifier_of(vit)) > 1:
             raise ValueError("student is a distilled DeiT, whose two heads have no use here; use a plain one.")
-        super().__init__(student, teacher, teacher_device=teacher_device)
-        # A view of the student, kept out of the module tree so that no parameter appears twice.
+        other, layers = None, []
+        if align is not None:
+            other, layers = self._check_alignment(vit, align)
+        super().__init__(student, None if align is None else align.teacher)
+        # Views of student and teacher, kept out of the module tree so that no parameter appears twice.
         self.__dict__["_student_vit"] = vit
+        self.__dict__["_frozen_vit"] = other
+        self.alpha = 0.0 if align is None else float(align.alpha)
+        if align is not None and other is not None:
+            self.heads["align"] = Alignment(vit, other, layers, align.head, patches_only=True)
         self.momentum, self.total_updates = momentum, total_updates
         self.ema = nn.ModuleDict()
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self._seen_writes: int | None = None
+
+    def _check_alignment(self, vit: MaskedViT, align: AlignWith) -> tuple[MaskedViT, list[tuple[int, int]]]:
+        if not (align.alpha >= 0 and math.isfinite(align.alpha)):
+            raise ValueError(f"alpha is {align.alpha}; expected a finite number of at least 0.")
+        if align.head not in HEADS:
+            raise ValueError(f"head is {align.head!r}; expected {' or '.join(map(repr, HEADS))}.")
+        other = wrap("teacher", align.teacher)
+        check_pair(vit, other)
+        depths = len(blocks_of(vit)), len(blocks_of(other))
+        return other, pair_layers(align.student_layer, align.teacher_layer, *depths)
+
+    def needs(self) -> Needs:
+        """Returns what is read of the student on whole images: features, and aligned blocks if there are any."""
+        blocks = self.heads["align"].student_blocks if "align" in self.heads else ()
+        return Needs(features=True, blocks=frozenset(blocks))
+
+    def aligned(self, images: Tensor, student: View) -> Tensor | None:
+        """Returns how far the student's aligned layers are from the frozen teacher's, None without one.
+
+        Args:
+            images: ``(B, C, H, W)``.
+            student: what it made of them, with all that `needs` names.
+        """
+        if "align" not in self.heads:
+            return None
+        align: Any = self.heads["align"]
+        with torch.no_grad():
+            blocks = align.teacher_blocks
+            found = observe_blocks(self.__dict__["_frozen_vit"], images, None, blocks).tokens
+        prefix = prefix_length(self.__dict__["_frozen_vit"])
+        patches = {block: tokens[:, prefix:] for block, tokens in found.items()}
+        return torch.stack([error.mean() for error in align(student.blocks, patches)]).sum()
+
+    def output(self, loss: Tensor, name: str, good: Tensor, features: Tensor, aligned: Tensor | None) -> DistillOutput:
+        """Returns the loss with the alignment, if there is one, and its terms; zero if the batch is left out.
+
+        Args:
+            loss: of the self-distillation.
+            name: of its term.
+            good: boolean scalar, False leaves the batch out.
+            features: ``(B, D)`` of the first view.
+            aligned: from `aligned`.
+        """
+        loss = loss * good
+        terms = {name: loss.detach()}
+        if aligned is not None:
+            terms["align"] = aligned.detach()
+            loss = loss + self.alpha * aligned * good
+        return DistillOutput(loss, terms, features)
 
     def follow(self, networks: Mapping[str, nn.Module]) -> None:
         """Makes the averages, as copies.
@@ -128,6 +204,10 @@ class SelfDistillation(DistillMethod):
         super().train(mode)
         self.ema.eval()
         return self
+
+    def _features(self, view: View) -> Tensor:
+        assert view.features is not None
+        return view.features
 
     def _followed_parameters(self) -> Iterable[nn.Parameter]:
         return (p for network in self.__dict__["_followed"].values() for p in network.parameters())

@@ -11,6 +11,7 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from tiny_vits import pictures, tiny
 
+from fastmkd import MaskedViT
 from fastmkd.methods import MaskedDINO
 from fastmkd.methods.crops import random_crops
 from fastmkd.methods.dino_head import DinoHead, dino_loss
@@ -171,6 +172,25 @@ def test_learns_what_a_teacher_that_stands_still_says():
         optimizer.step()
         losses.append(out.loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_layers_follow_a_frozen_network():
+    frozen = tiny(3, embed_dim=24, depth=4).double()
+    method = make(teacher=frozen, alpha=2.0)
+    plain = make()
+    plain.load_state_dict({key: value for key, value in method.state_dict().items() if "align" not in key})
+    out = method(crops())
+    assert method.heads["align"].layers == [(2, 3)]
+    torch.testing.assert_close(out.terms["dino"], plain(crops()).loss.detach())
+    torch.testing.assert_close(out.loss.detach(), out.terms["dino"] + 2 * out.terms["align"])
+    (s,), (t,) = (
+        MaskedViT(network).forward_intermediates(torch.cat(crops()[:2]), [block])
+        for network, block in ((method.student, 1), (frozen, 2))
+    )
+    expected = (method.heads["align"][0](s[:, 1:]) - t[:, 1:]).abs().mean()
+    torch.testing.assert_close(out.terms["align"], expected.detach())
+    out.loss.backward()
+    assert all(p.grad is not None for p in method.heads["align"].parameters())
 
 
 def test_broken_teacher_is_skipped():

@@ -8,8 +8,7 @@ import torch
 from tiny_vits import pictures, tiny
 
 import fastmkd
-from fastmkd.methods.dmae_checks import pair_layers
-from fastmkd.methods.mae_decoder import projection_head
+from fastmkd.methods.alignment import pair_layers, projection_head
 from fastmkd.nn.spectrogram import SpectrogramTransformer
 
 DECODER = {"decoder_depth": 1, "decoder_width": 16, "decoder_heads": 2}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from tiny_vits import pictures, tiny
 
+from fastmkd import MaskedViT
 from fastmkd.methods import MoCoV3
 from fastmkd.methods.moco import contrastive_loss, mlp
 from fastmkd.reference import masked_vit_forward
@@ -109,6 +110,32 @@ def test_it_learns_and_the_average_follows():
     assert torch.equal(before["patch_embed.proj.weight"], after["patch_embed.proj.weight"])
 
 
+def test_layers_follow_a_frozen_network():
+    teacher = tiny(3, embed_dim=24, depth=4).double()
+    method = make(teacher=teacher, alpha=0.5, student_layer=[1, 2], align_head="linear")
+    assert method.heads["align"].layers == [(1, 2), (2, 4)]
+    before = method.state_dict()
+    out = method(views())
+    alone = make()
+    alone.load_state_dict({key: value for key, value in before.items() if not key.startswith("heads.align")})
+    expected = 0.0
+    for own, other, head in zip((0, 1), (1, 3), method.heads["align"], strict=True):
+        for view in views():
+            (s,), (t,) = (
+                MaskedViT(network).forward_intermediates(view, [block])
+                for network, block in ((method.student, own), (teacher, other))
+            )
+            expected += (head(s[:, 1:]) - t[:, 1:]).abs().mean() / 2
+    torch.testing.assert_close(out.terms["align"], expected)
+    torch.testing.assert_close(out.loss, alone(views()).loss + 0.5 * expected)
+    out.loss.backward()
+    assert all(p.grad is not None for p in method.heads["align"].parameters())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not any("teacher" in key or "frozen" in key for key in method.state_dict())
+    method.release()
+    assert all(p.requires_grad for p in teacher.parameters())
+
+
 def test_modes():
     method = copy.deepcopy(make())
     assert method.ema["project"].training  # keys are normalised by their batch too
@@ -138,6 +165,10 @@ def test_broken_average_is_skipped():
         ({"momentum": -0.1}, "momentum is -0.1"),
         ({"total_updates": 0}, "total_updates is 0"),
         ({"hidden": 0}, "hidden is 0"),
+        ({"teacher": tiny(3), "alpha": -1.0}, "alpha is -1.0"),
+        ({"teacher": tiny(3), "align_head": "conv"}, "head is 'conv'"),
+        ({"teacher": tiny(3), "student_layer": 9}, "student_layer is 9"),
+        ({"teacher": tiny(3, patch_size=4)}, "patches of"),
     ],
 )
 def test_refuses_arguments(options, match):
