@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from .augment import Finisher
@@ -267,6 +268,9 @@ class Trainer:
     def test(self) -> dict[str, float]:
         """Returns the test scores of the moving average if there is one, else of the student; see `evaluate`."""
         model = self.student if self.ema is None else self.ema.module
+        if self.accelerator.num_processes > 1 and not self.accelerator.is_fsdp2:
+            for buffer in model.buffers():  # running statistics, which DDP lets differ until the next step
+                dist.broadcast(buffer, src=0)  # those that are saved
         count, size = len(self.setup.source.test), self.recipe.data.eval_batch_size
         with self.whole(model) as whole:
             scores = evaluate(whole, self.test_loader, self.finish_test, count, size, self.accelerator)

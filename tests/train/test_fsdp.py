@@ -108,6 +108,9 @@ run("ddp_bf16", "--run.precision=bf16")
 run("one_bf16", "--run.precision=bf16", **ONE)
 run("cnn_ddp", recipe="cnn.yaml")
 run("cnn_one", recipe="cnn.yaml", **ONE)
+probe = ["--method=Supervised", "--method.linear_probe=true", "--method.batch_norm=true"]
+run("probe_ddp", *probe, recipe="cnn.yaml")
+run("probe_one", *probe, recipe="cnn.yaml", **ONE)
 middle = "--run.resume=runs/{}/checkpoints/step_00000003"
 run("blocks_again", middle.format("blocks"), **BLOCKS)
 run("ddp_to_blocks", middle.format("ddp"), **BLOCKS)
@@ -169,7 +172,8 @@ def facts(folder: Path, run: str) -> list[dict[str, int]]:
 
 
 @pytest.mark.parametrize(
-    ("expected", "actual"), [("ddp", "blocks"), ("ddp_random", "one_random"), ("ddp_bf16", "one_bf16")]
+    ("expected", "actual"),
+    [("ddp", "blocks"), ("ddp_random", "one_random"), ("ddp_bf16", "one_bf16"), ("probe_ddp", "probe_one")],
 )
 def test_it_trains_as_ddp_does(folder, expected, actual):
     assert_same_run(folder, expected, actual)
