@@ -270,8 +270,8 @@ class Trainer:
         """
         model = self.student if self.ema is None else self.ema.module
         if self.accelerator.num_processes > 1 and not self.accelerator.is_fsdp2:
-            for buffer in model.buffers():  # DDP lets running statistics differ until its next step
-                dist.broadcast(buffer, src=0)  # whose are saved
+            for buffer in model.buffers():  # running statistics, which DDP lets differ until the next step
+                dist.broadcast(buffer, src=0)  # those that are saved
         count, size = len(self.setup.source.test), self.recipe.data.eval_batch_size
         how = (self.test_loader, self.finish_test, count, size, self.accelerator)
         if self.setup.method.pretrains:

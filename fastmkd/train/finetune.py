@@ -67,15 +67,18 @@ def tuning_recipe(command: Literal["finetune", "probe"], source: str | Path, opt
 
     Raises:
         UserError: the run has not finished, the source is neither, the student has no name, or an option is wrong.
+
+    Example:
+        >>> tuning_recipe("probe", "mine.yaml")
+        Traceback (most recent call last):
+        fastmkd.train.errors.UserError: mine.yaml is a recipe; train it and give the folder of its run, runs/NAME.
     """
     source, defaults = Path(source), dict(DEFAULTS[command])
     if source.is_dir():
         defaults |= _of_run(RunDir(source))
         defaults |= {"name": f"{source.resolve().name}-{command}", "run.root": str(source.parent)}
     elif source.suffix in (".yaml", ".yml"):
-        raise UserError(
-            f"{source} is a recipe; train it, then give the folder of its run: fastmkd {command} runs/NAME."
-        )
+        raise UserError(f"{source} is a recipe; train it and give the folder of its run, runs/NAME.")
     elif source.is_file():
         defaults |= {"name": f"{source.stem}-{command}", "student.name": None, "student.backbone": str(source)}
     else:
