@@ -134,7 +134,7 @@ def build_method(
     Raises:
         UserError: the method refuses its arguments or the networks.
     """
-    kind = method_class(recipe)
+    kind: Any = method_class(recipe)
     arguments = dict(recipe.method.init_args)
     if "image_size" in inspect.signature(kind).parameters and arguments.get("image_size") is None:
         arguments["image_size"] = image_size
@@ -144,6 +144,7 @@ def build_method(
         if isinstance(error, UserError):
             raise
         raise UserError(f"method {kind.__name__} does not fit: {error}") from error
+    assert isinstance(method, DistillMethod)
     return method
 
 
