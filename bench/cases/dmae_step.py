@@ -105,9 +105,10 @@ def student_flops(model: Any, batch: int, kept: int) -> float:
 
 
 def _step(setting: Setting, module: nn.Module, function: Callable[..., Losses], *args: Any) -> Step:
-    fused = {"fused": True} if setting.on_gpu else {}
     # A learning rate of zero does all the work of a step and leaves the weights, so that every step can be compared.
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.0, **fused)
+    optimizer = torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad], lr=0.0, fused=setting.on_gpu or None
+    )
 
     def run() -> tuple[Tensor, ...]:
         optimizer.zero_grad(set_to_none=True)
@@ -134,7 +135,8 @@ def dmae_step(setting: Setting, student: str, teacher: str, percent: int, batch:
     images = images_for(batch, setting)
     keep = keep_for(batch, PATCHES, kept, setting)
     hidden = torch.ones(batch, PATCHES, device=setting.device).scatter(1, keep, 0).nonzero()[:, 1].view(batch, -1)
-    own, other = vit(student, setting).train(), vit(teacher, setting).requires_grad_(False)
+    own: Any = vit(student, setting).train()
+    other: Any = vit(teacher, setting).requires_grad_(False)
     torch.manual_seed(3)
     beside = MAEDecoder(other.embed_dim, 768, 1, GRID, **DECODER).to(setting.device).requires_grad_(False)
     layer = round(0.75 * len(other.blocks))
@@ -142,7 +144,7 @@ def dmae_step(setting: Setting, student: str, teacher: str, percent: int, batch:
     def method(with_teacher: bool = True, **options: Any) -> DMAE:
         torch.manual_seed(4)
         made = DMAE(copy.deepcopy(own), other if with_teacher else None, **options).to(setting.device)
-        made.draw = lambda _: (keep, hidden, GRID)  # type: ignore[method-assign]
+        made.__dict__["draw"] = lambda _: (keep, hidden, GRID)
         return made
 
     def exact() -> Losses:
@@ -191,7 +193,7 @@ def dmae_teacher(setting: Setting, student: str, teacher: str, percent: int, bat
     images, keep = images_for(batch, setting), keep_for(batch, PATCHES, kept, setting)
     restore = torch.cat((keep, torch.ones(batch, PATCHES, device=setting.device).scatter(1, keep, 0)
                          .nonzero()[:, 1].view(batch, -1)), dim=1).argsort(1)  # fmt: skip
-    model = vit(teacher, setting).requires_grad_(False)
+    model: Any = vit(teacher, setting).requires_grad_(False)
     beside = MAEDecoder(model.embed_dim, 768, 1, GRID, **DECODER).to(setting.device).requires_grad_(False)
     masked, layer = MaskedViT(model), round(0.75 * len(model.blocks))
 

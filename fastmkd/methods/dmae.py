@@ -95,6 +95,7 @@ class DMAE(DistillMethod):
     pretrains = True
     _student_vit: MaskedViT
     _teacher_vit: MaskedViT
+    _teacher_input: TeacherInput
 
     def __init__(
         self,
@@ -138,7 +139,9 @@ class DMAE(DistillMethod):
         self.mask_ratio, self.alpha, self.layers = float(mask_ratio), float(alpha), layers
         self.normalize_target, self.loss, self.normalize = normalize_target, loss, normalize
         self.generator = generator
-        self._teacher_call, self._teacher_input = teacher_call, teacher_input
+        self._teacher_call = teacher_call
+        if teacher_input is not None:
+            self._teacher_input = teacher_input
         self.patch_size = tuple(vit.model.patch_embed.proj.kernel_size)
         self._make_heads(size, head, decoder_width, decoder_depth, decoder_heads)
 

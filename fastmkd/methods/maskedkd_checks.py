@@ -95,4 +95,4 @@ def wrap(name: str, model: nn.Module) -> MaskedViT:
     try:
         return MaskedViT(model)
     except TypeError as error:
-        raise TypeError(f"{name} is not a ViT that MaskedKD can use: {error}") from None
+        raise TypeError(f"{name} is not a ViT whose patches can be left out: {error}") from None

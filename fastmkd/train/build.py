@@ -136,7 +136,7 @@ def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None, 
     Raises:
         UserError: the method refuses its arguments or the networks.
     """
-    kind = method_class(recipe)
+    kind: Any = method_class(recipe)
     arguments = dict(recipe.method.init_args)
     for name, value in {"image_size": source.image_size, "train_labels": source.train.labels}.items():
         if name in inspect.signature(kind).parameters and arguments.get(name) is None:
@@ -147,6 +147,7 @@ def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None, 
         if isinstance(error, UserError):
             raise
         raise UserError(f"method {kind.__name__} does not fit: {error}") from error
+    assert isinstance(method, DistillMethod)
     return method
 
 

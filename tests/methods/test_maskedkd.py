@@ -293,7 +293,7 @@ def test_refuses_arguments(student, teacher, options, error, match):
 
 
 def test_refuses_other_networks():
-    with pytest.raises(TypeError, match=r"teacher is not a ViT that MaskedKD can use: .*ResNet"):
+    with pytest.raises(TypeError, match=r"teacher is not a ViT whose patches can be left out: .*ResNet"):
         MaskedKD(tiny(0), timm.create_model("resnet18", num_classes=5))
     with pytest.raises(TypeError, match="student is not a ViT"):
         MaskedKD(nn.Linear(2, 5), tiny(1))

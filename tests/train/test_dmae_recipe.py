@@ -184,3 +184,20 @@ def test_the_batch_that_broke_the_loss_is_kept(dmae, monkeypatch):
     assert kept["images"].isnan().sum() == 1
     assert torch.equal(kept["images"].nan_to_num(seen[0][0, 0, 0, 0].item()), seen[0])
     assert kept["targets"].shape == (16,)
+
+
+SHIPPED = ["mae_digits", "mae_fashion_mnist", "dmae_digits", "dmae_fashion_mnist", "dmae_vit_base_imagenet"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_recipes(dmae, name):
+    path = Path(__file__).parents[2] / f"recipes/{name}.yaml"
+    recipe = load_recipe(path)
+    assert recipe.name == name
+    assert (recipe.teacher is None) is name.startswith("mae")
+    if name == "dmae_digits":
+        short = {"data.limit": 64, "schedule.epochs": 1, "schedule.warmup_epochs": 0, "run.tensorboard": False}
+        teacher = {**recipe.teacher.options, **short}
+        result = train(load_recipe(path, changes={**short, "teacher.options": teacher}))
+        assert {"loss", "mae", "align"} <= result.keys()
+        assert (dmae / "runs/mae_teacher_digits/heads.safetensors").is_file()
