@@ -146,9 +146,13 @@ class DPKStage(nn.Module):
                  (teacher, self.lift_teacher, self.encode_teacher, from_teacher))  # fmt: skip
         encoded = []
         for features, lift, encode, taken in sides:
+            most = int(taken.sum(1).max())
             order = taken.byte().argsort(dim=1, descending=True, stable=True)[:, :, None]  # those taken first
-            tokens = self._lift(features, lift, position).take_along_dim(order, 1)  # attention knows no order
-            encoded.append(encode.first_rows(tokens, int(taken.sum(1).max())))  # (B, most taken, d)
+            # An empty batch where nothing is taken at all: it costs nothing and leaves gradients of zero.
+            images = len(taken) if most else 0
+            tokens = self._lift(features[:images], lift, position)
+            tokens = encode.first_rows(tokens.take_along_dim(order[:images], 1), most)  # attention knows no order
+            encoded.append(tokens.reshape(len(taken), most, tokens.shape[2]))  # (B, most, d)
         place = torch.where(from_teacher, encoded[0].shape[1] + from_teacher.cumsum(1), (~from_teacher).cumsum(1)) - 1
         return torch.cat(encoded, dim=1).take_along_dim(place[:, :, None], 1) + position
 
