@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -139,11 +139,13 @@ class DPKStage(nn.Module):
             prior = token.expand_as(tokens)
         return stitch_tokens(tokens, prior, from_teacher, position)
 
-    def _stitch_chosen(self, student: Tensor, teacher: Tensor, from_teacher: Tensor, position: Tensor) -> Tensor:
+    def _stitch_chosen(self, student: Tensor, teacher: Tensor, from_teacher: Tensor, position: Tensor | None) -> Tensor:
         """The same; the last block of each encoder runs only for the tokens that are taken from it."""
-        assert self.lift_teacher is not None
-        sides = ((student, self.lift_student, self.encode_student, ~from_teacher),
-                 (teacher, self.lift_teacher, self.encode_teacher, from_teacher))  # fmt: skip
+        assert position is not None
+        sides: tuple[tuple[Tensor, Any, Any, Tensor], ...] = (
+            (student, self.lift_student, self.encode_student, ~from_teacher),
+            (teacher, self.lift_teacher, self.encode_teacher, from_teacher),
+        )
         encoded = []
         for features, lift, encode, taken in sides:
             most = int(taken.sum(1).max())
