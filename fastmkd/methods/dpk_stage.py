@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -139,16 +139,22 @@ class DPKStage(nn.Module):
             prior = token.expand_as(tokens)
         return stitch_tokens(tokens, prior, from_teacher, position)
 
-    def _stitch_chosen(self, student: Tensor, teacher: Tensor, from_teacher: Tensor, position: Tensor) -> Tensor:
+    def _stitch_chosen(self, student: Tensor, teacher: Tensor, from_teacher: Tensor, position: Tensor | None) -> Tensor:
         """The same; the last block of each encoder runs only for the tokens that are taken from it."""
-        assert self.lift_teacher is not None
-        sides = ((student, self.lift_student, self.encode_student, ~from_teacher),
-                 (teacher, self.lift_teacher, self.encode_teacher, from_teacher))  # fmt: skip
+        assert position is not None
+        sides: tuple[tuple[Tensor, Any, Any, Tensor], ...] = (
+            (student, self.lift_student, self.encode_student, ~from_teacher),
+            (teacher, self.lift_teacher, self.encode_teacher, from_teacher),
+        )
         encoded = []
         for features, lift, encode, taken in sides:
+            most = int(taken.sum(1).max())
             order = taken.byte().argsort(dim=1, descending=True, stable=True)[:, :, None]  # those taken first
-            tokens = self._lift(features, lift, position).take_along_dim(order, 1)  # attention knows no order
-            encoded.append(encode.first_rows(tokens, int(taken.sum(1).max())))  # (B, most taken, d)
+            # An empty batch where nothing is taken at all: it costs nothing and leaves gradients of zero.
+            images = len(taken) if most else 0
+            tokens = self._lift(features[:images], lift, position)
+            tokens = encode.first_rows(tokens.take_along_dim(order[:images], 1), most)  # attention knows no order
+            encoded.append(tokens.reshape(len(taken), most, tokens.shape[2]))  # (B, most, d)
         place = torch.where(from_teacher, encoded[0].shape[1] + from_teacher.cumsum(1), (~from_teacher).cumsum(1)) - 1
         return torch.cat(encoded, dim=1).take_along_dim(place[:, :, None], 1) + position
 

@@ -74,11 +74,11 @@ class Blocks(nn.Module):
             >>> torch.allclose(blocks.first_rows(tokens, 3), blocks(tokens, (1, 5))[:, :3], atol=1e-5)
             True
         """
-        *body, last = self.blocks or [None]
-        for block in body:
+        blocks = list(self.blocks)
+        for block in blocks[:-1]:
             tokens = block(tokens)
-        if last is not None:
-            # One row at least, for a last layer without rows would have no gradient either.
+        for last in blocks[-1:]:
+            # One row at least: attention is not asked for nothing.
             tokens = run_block_on_rows(last, tokens, max(rows, 1), None)[0] if runs_on_rows(last) else last(tokens)
         out: Tensor = self.norm(tokens[:, :rows])
         return out
