@@ -165,7 +165,7 @@ class MaskedDINO(DistillMethod):
         large, small = torch.cat(crops[:2]), crops[2:]
         needs = Needs(features=True)
         if self.keep_ratio < 1:
-            needs |= self.strategy.needs(self._student_vit)
+            needs = needs | self.strategy.needs(self._student_vit)
         seen = observe(self._student_vit, large, None, needs)
         features = [self._features(seen)]
         if small:
