@@ -158,7 +158,7 @@ class MaskedDINO(SelfDistillation):
         large, small = torch.cat(crops[:2]), crops[2:]
         needs = self.needs()
         if self.keep_ratio < 1:
-            needs |= self.strategy.needs(self._student_vit)
+            needs = needs | self.strategy.needs(self._student_vit)
         seen = observe(self._student_vit, large, None, needs)
         features = [self._features(seen)]
         if small:

@@ -313,7 +313,7 @@ class MaskedKD(ProbingMethod):
             keep = self._select(images, self._look(images)) if self.hides_patches else None
             return observe(self._student_vit, images, keep, needs), answer
         if self.hides_patches:
-            needs |= self.strategy.needs(self._student_vit)
+            needs = needs | self.strategy.needs(self._student_vit)
         student = observe(self._student_vit, images, None, needs, self.include_prefix)
         keep = self._select(images, student) if self.hides_patches else None
         return student, lane(lambda: self.ask_teacher(images, keep, teacher_needs))

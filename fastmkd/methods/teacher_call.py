@@ -79,7 +79,9 @@ class TeacherCall(Generic[A]):
         if self.dtype is not None:
             lowered = self.dtype != torch.float32
             autocast = torch.autocast(device.type, self.dtype if lowered else None, enabled=lowered)
-        with autocast:
+        # What is to be recorded is recorded by hooks, which change from call to call.
+        hooks = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False) if self.compile else contextlib.nullcontext()
+        with autocast, hooks:
             answer = self._observer(device)(teacher, images, *rest)
         # CUDA graphs write every answer to the same place.
         return answer.map(lambda x: x.to(home, copy=bool(self.compile)))

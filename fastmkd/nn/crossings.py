@@ -80,7 +80,7 @@ def layer_class(
         >>> layer_class(torch.float32, (64, 128), Window((3, 3), (2, 2), (1, 1), (1, 1)), (8, 8), 1)
         'float32/64 channels/3x3/stride 2/cell 8'
     """
-    width = max((step for step in WIDTHS if step <= min(channels)), default=WIDTHS[0])
+    width = max([WIDTHS[0], *[step for step in WIDTHS if step <= min(channels)]])
     kind = "" if groups == 1 else "depthwise, " if groups == channels[0] else "grouped, "
     area, side = cell[0] * cell[1], 1
     while side < 32 and 4 * side * side <= area:

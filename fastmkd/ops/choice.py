@@ -34,6 +34,7 @@ PREFERENCE = ("cpp", "triton", "cuda", "eager")  # of those that run on the devi
 MEASURE_ROUNDS = 5
 
 _forced: ContextVar[str] = ContextVar("fastmkd_backend", default="auto")
+_newest = "auto"  # the same for compiled code, which cannot ask a ContextVar before PyTorch 2.13 but notices a change here
 _chosen: dict[tuple[str, ...], str] = {}
 
 
@@ -62,16 +63,18 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in NAMES:
         raise ValueError(f"backend got name={name!r}; expected one of {', '.join(map(repr, NAMES))}.")
-    token = _forced.set(name)
+    global _newest
+    token, _newest, before = _forced.set(name), name, _newest
     try:
         yield
     finally:
         _forced.reset(token)
+        _newest = before
 
 
 def forced() -> str:
     """The name that the innermost `backend` block asks for; ``"auto"`` outside of one."""
-    return _forced.get()
+    return _newest if torch.compiler.is_compiling() else _forced.get()
 
 
 def choose(op: Op, args: tuple[Any, ...]) -> Backend:

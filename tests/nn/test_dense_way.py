@@ -239,9 +239,9 @@ def test_a_count_that_a_graph_does_not_know_stays_packed(table):
     torch._dynamo.reset()
     table({NAMED: 0.5})
     x, weight = three_quarters(), torch.zeros(4, 4, 3, 3, requires_grad=True)
+    plan = copy.copy(x.plan)
 
     def run(visible):
-        plan = copy.copy(x.plan)
         plan.cells = visible.flatten().nonzero()[:, 0]
         return visible + 1 if crossings.goes_dense(x.values, weight, plan, (2, 2), SQUARE, 1) else visible + 2
 

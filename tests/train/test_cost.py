@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmkd.nn import MaskedViT, MergedViT
@@ -97,7 +98,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 def counted(run: Callable[[], object]) -> int:
     """Multiply-adds that PyTorch's own counter sees."""
-    with FlopCounterMode(display=False) as counter:
+    # Plain attention: not every PyTorch counts fused one.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops()) // 2
 
