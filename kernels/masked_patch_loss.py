@@ -68,18 +68,14 @@ def _loss_kernel(
         for start in range(0, COUNT, BLOCK):
             value = start + lane
             inside = value < COUNT
-            pixel = load_pixels(
-                images_ptr, hidden_ptr, row, value, inside, num_hidden, height, width, PH, PW, CHANNELS
-            )
+            pixel = load_pixels(images_ptr, hidden_ptr, row, value, inside, num_hidden, height, width, PH, PW, CHANNELS)
             total += tl.where(inside, pixel - first, 0.0)
         rest = tl.sum(total, axis=0) / COUNT
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, COUNT, BLOCK):
             value = start + lane
             inside = value < COUNT
-            pixel = load_pixels(
-                images_ptr, hidden_ptr, row, value, inside, num_hidden, height, width, PH, PW, CHANNELS
-            )
+            pixel = load_pixels(images_ptr, hidden_ptr, row, value, inside, num_hidden, height, width, PH, PW, CHANNELS)
             distance = tl.where(inside, (pixel - first) - rest, 0.0)
             squares += distance * distance
         mean = first + rest

@@ -50,7 +50,10 @@ def count_patches(images: Tensor, patch_h: int, patch_w: int) -> int:
 
 def check_patches(prediction: Tensor, images: Tensor, hidden: Tensor, patch_h: int, patch_w: int) -> None:
     """Checks what the loss and its gradient share; raises a sentence."""
-    for name, tensor, dims, layout in (("prediction", prediction, 3, "(B, m, n)"), ("images", images, 4, "(B, C, H, W)")):
+    for name, tensor, dims, layout in (
+        ("prediction", prediction, 3, "(B, m, n)"),
+        ("images", images, 4, "(B, C, H, W)"),
+    ):
         if tensor.dim() != dims or min(tensor.shape) < 1:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {layout}, none of them 0.")
     if not prediction.is_floating_point():
@@ -78,7 +81,9 @@ def check_patches(prediction: Tensor, images: Tensor, hidden: Tensor, patch_h: i
         )
     for name, tensor in (("prediction", prediction), ("images", images), ("hidden", hidden)):
         if tensor.device != prediction.device:
-            raise ValueError(f"{name} is on {tensor.device} but prediction is on {prediction.device}; move one of them.")
+            raise ValueError(
+                f"{name} is on {tensor.device} but prediction is on {prediction.device}; move one of them."
+            )
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; expected a contiguous tensor, call .contiguous().")
 

@@ -76,7 +76,9 @@ def check(
         if tensor.dtype != wide:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected {wide}.")
         if tensor.device != prediction.device:
-            raise ValueError(f"{name} is on {tensor.device} but prediction is on {prediction.device}; move one of them.")
+            raise ValueError(
+                f"{name} is on {tensor.device} but prediction is on {prediction.device}; move one of them."
+            )
     if not stats.is_contiguous():
         raise ValueError(f"stats has strides {stats.stride()}; expected a contiguous tensor, call .contiguous().")
 

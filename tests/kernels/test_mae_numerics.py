@@ -1,4 +1,4 @@
-"""What the Triton kernels of a masked autoencoder compute; run on a GPU, or in the interpreter (test_interpreter.py)."""
+"""The Triton kernels of a masked autoencoder's two ends; run on a GPU, or in the interpreter (test_interpreter.py)."""
 
 from __future__ import annotations
 
@@ -91,5 +91,5 @@ def test_visible_patches_are_not_read() -> None:
     rows = torch.full((2, 9), torch.nan, device=DEVICE).scatter(1, hidden, 0.0).view(2, 1, 3, 3)
     poisoned = images + torch.nn.functional.interpolate(rows, scale_factor=4)
     run = triton_backend.launcher("masked_patch_loss")
-    for clean, dirty in zip(run(prediction, images, hidden, 4, 4, True), run(prediction, poisoned, hidden, 4, 4, True)):
-        assert torch.equal(clean, dirty)
+    outputs = [run(prediction, x, hidden, 4, 4, True) for x in (images, poisoned)]
+    assert all(map(torch.equal, *outputs))

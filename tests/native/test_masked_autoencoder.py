@@ -18,7 +18,9 @@ def choose(batch, patches, count):
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize(("batch", "prefix", "patches", "kept", "width"), [(2, 1, 9, 4, 33), (3, 0, 5, 5, 64), (1, 4, 7, 1, 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch", "prefix", "patches", "kept", "width"), [(2, 1, 9, 4, 33), (3, 0, 5, 5, 64), (1, 4, 7, 1, 3)]
+)
 def test_unshuffle_tokens_place_by_place(ops, batch, prefix, patches, kept, width, dtype, wide):
     out_dtype = torch.float32 if wide else dtype
     tokens, keep = rand(batch, prefix + kept, width, dtype=dtype), choose(batch, patches, kept)
@@ -51,8 +53,9 @@ def loss_by_numpy(prediction, images, hidden, patch_h, patch_w, normalize):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(
-    ("shape", "patch", "hidden"), [((2, 3, 32, 48), (16, 16), 4), ((2, 1, 15, 8), (5, 2), 7), ((1, 5, 14, 28), (7, 14), 1)]
-)  # fmt: skip
+    ("shape", "patch", "hidden"),
+    [((2, 3, 32, 48), (16, 16), 4), ((2, 1, 15, 8), (5, 2), 7), ((1, 5, 14, 28), (7, 14), 1)],
+)
 def test_masked_patch_loss_and_its_gradient(ops, shape, patch, hidden, dtype, normalize):
     patches = shape[2] // patch[0] * (shape[3] // patch[1])
     numbers = choose(shape[0], patches, hidden)
