@@ -1,6 +1,7 @@
 r"""Un-shuffling: kept tokens at their places, the mask token at all others, positions added (MAE, Section 3).
 
-.. math:: y_{bn} = p_n + \begin{cases} t_{bn} & n < P \\ t_{b,P+j} & n = P + \mathrm{keep}_{bj} \\ m & \text{else} \end{cases}
+.. math::
+    y_{bn} = p_n + \begin{cases} t_{bn} & n < P \\ t_{b,P+j} & n = P + \mathrm{keep}_{bj} \\ m & \text{else} \end{cases}
 
 ``tokens`` t is ``(B, P + k, D)``, P prefix tokens first; ``keep`` ``(B, k)`` names the patch of each of the others;
 ``mask_token`` m is ``(D,)``, ``positions`` p ``(P + N, D)`` and the result ``(B, P + N, D)``: what the decoder of a
