@@ -117,14 +117,17 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_tokens, _, need_mask_token, need_positions = ctx.needs_input_grad
     batch, places, width = grad.shape
     prefix = torch.arange(ctx.num_prefix, device=grad.device).expand(batch, -1)
-    taken = torch.cat([prefix, keep + ctx.num_prefix], 1)  # (B, P + k): the place of each token
+    first = places * torch.arange(batch, device=grad.device)[:, None]
+    taken = (first + torch.cat([prefix, keep + ctx.num_prefix], 1)).flatten()  # (B * (P + k),): each token's place
+    rows = grad.flatten(0, 1)  # (B * (P + N), D)
     d_tokens = d_mask_token = None
     if need_tokens:
-        d_tokens = grad.gather(1, taken[..., None].expand(-1, -1, width)).to(ctx.dtype)
+        d_tokens = rows.index_select(0, taken).view(batch, -1, width).to(ctx.dtype)
     if need_mask_token:
+        # As a product with ones and zeros the sum is one pass, wide even for half precision.
         wide = torch.promote_types(grad.dtype, torch.float32)
-        masked = torch.ones(batch, places, dtype=torch.bool, device=grad.device).scatter(1, taken, False)
-        d_mask_token = torch.where(masked[..., None], grad, 0).sum((0, 1), dtype=wide).to(grad.dtype)
+        stood = torch.ones(len(rows), dtype=wide, device=grad.device).index_fill(0, taken, 0)
+        d_mask_token = (stood @ rows.to(wide)).to(grad.dtype)
     return d_tokens, None, d_mask_token, grad.sum(0) if need_positions else None
 
 
