@@ -41,15 +41,26 @@ inline void interleave_any(const T* corner, int64_t plane, const PatchLossArgs& 
   interleave(lines, args.patch_w, args.channels, args.patch_w, out);
 }
 
-// The pixels of row r's patch in the order of a prediction. `pixels` has room for a line of each channel behind them.
 template <class T>
-void read_patch(const PatchLossArgs& args, int64_t r, float* pixels) {
-  const int64_t plane = args.height * args.width, line = args.patch_w * args.channels;
+inline const T* corner_of(const PatchLossArgs& args, int64_t r) {
   const int64_t grid_w = args.width / args.patch_w, patch = args.hidden[r];
-  const T* corner = static_cast<const T*>(args.images) + r / args.hidden_count * args.channels * plane +
-                    patch / grid_w * args.patch_h * args.width + patch % grid_w * args.patch_w;
+  return static_cast<const T*>(args.images) + r / args.hidden_count * args.channels * args.height * args.width +
+         patch / grid_w * args.patch_h * args.width + patch % grid_w * args.patch_w;
+}
+
+// The pixels of row r's patch in the order of a prediction. `pixels` has room for a line of each channel behind them.
+// The lines of the patch after it are asked for meanwhile: they lie far apart, where no processor guesses them.
+template <class T>
+void read_patch(const PatchLossArgs& args, int64_t r, int64_t end, float* pixels) {
+  const int64_t plane = args.height * args.width, line = args.patch_w * args.channels;
+  const T *corner = corner_of<T>(args, r), *next = corner_of<T>(args, r + 1 < end ? r + 1 : r);
   float* lines = pixels + patch_values(args);
   for (int64_t y = 0; y < args.patch_h; ++y) {
+    for (int64_t c = 0; c < args.channels; ++c) {
+      const T* ahead = next + c * plane + y * args.width;
+      __builtin_prefetch(ahead);
+      __builtin_prefetch(ahead + args.patch_w - 1);
+    }
     interleave_any(corner + y * args.width, plane, args, lines, pixels + y * line);
   }
 }
@@ -98,7 +109,7 @@ void loss(const PatchLossArgs& args, int64_t begin, int64_t end, float* pixels) 
   const int64_t count = patch_values(args);
   const auto n = static_cast<float>(count);
   for (int64_t r = begin; r < end; ++r) {
-    read_patch<Pixel>(args, r, pixels);
+    read_patch<Pixel>(args, r, end, pixels);
     float mean = 0, rstd = 1;
     if (args.normalize) {
       // Shifted by one of the pixels first, so that a flat patch has exactly no variance.
@@ -121,7 +132,7 @@ void gradient(const PatchLossArgs& args, int64_t begin, int64_t end, float* pixe
   const int64_t count = patch_values(args);
   const Floats scale = splat(args.scale);
   for (int64_t r = begin; r < end; ++r) {
-    read_patch<Pixel>(args, r, pixels);
+    read_patch<Pixel>(args, r, end, pixels);
     subtract(pixels, count, args.stats[2 * r]);
     difference(static_cast<const T*>(args.prediction) + r * count, pixels, count, args.stats[2 * r + 1]);
     T* out = static_cast<T*>(args.out) + r * count;
