@@ -48,7 +48,9 @@ def _with_gradients(function: Callable[..., Tensor], leaves: tuple[Tensor, ...],
 
 def _unshuffle(setting: Setting, batch: int) -> tuple[list[Callable[..., Tensor]], list[tuple[Any, ...]], int]:
     keep = keep_for(batch, GRID**2, KEPT, setting)
-    hidden = torch.ones(batch, GRID**2, device=setting.device).scatter(1, keep, 0.0).argsort(stable=True, dim=1)[:, KEPT:]
+    hidden = (
+        torch.ones(batch, GRID**2, device=setting.device).scatter(1, keep, 0.0).argsort(stable=True, dim=1)[:, KEPT:]
+    )
     restore = torch.cat([keep, hidden], 1).argsort(1)
     generator = torch.Generator().manual_seed(4)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(setting.device)  # noqa: E731

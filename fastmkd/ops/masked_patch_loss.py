@@ -73,7 +73,7 @@ def masked_patch_loss(
     if images.is_floating_point() and images.dtype not in taken:
         images = images.to(wide)
     loss, _ = _entry(prediction.contiguous(), images.contiguous(), hidden.contiguous(), patch_h, patch_w, normalize)
-    return loss  # type: ignore[no-any-return]
+    return loss
 
 
 def reference(

@@ -102,9 +102,9 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     # Second derivatives only: the op is linear in the prediction and in the loss's gradient.
-    *inputs, grad = ctx.saved_tensors
+    prediction, images, hidden, stats, grad = ctx.saved_tensors
     d_prediction = grad_out * (2 * grad / grad_out.numel()).to(grad_out.dtype)
-    of_one = masked_patch_loss_grad(*inputs, torch.ones_like(grad), ctx.patch_size)
+    of_one = masked_patch_loss_grad(prediction, images, hidden, stats, torch.ones_like(grad), tuple(ctx.patch_size))
     d_grad = (of_one.to(grad.dtype) * grad_out.to(grad.dtype)).sum()
     return d_prediction, None, None, None, d_grad, None, None
 
