@@ -5,6 +5,12 @@
 STABLE_TORCH_LIBRARY(fastmkd_native, m) {
   m.def("centred_gram(Tensor[] features) -> Tensor");
   m.def("cls_saliency(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool include_prefix) -> Tensor");
+  m.def(
+      "masked_patch_loss(Tensor prediction, Tensor images, Tensor hidden, int patch_h, int patch_w, bool normalize) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "masked_patch_loss_grad(Tensor prediction, Tensor images, Tensor hidden, Tensor stats, Tensor grad, int patch_h, "
+      "int patch_w) -> Tensor");
   m.def("select_tokens(Tensor saliency, int k, int grid_h, int grid_w, int target_h, int target_w) -> Tensor");
   m.def("stitch_tokens(Tensor student, Tensor teacher, Tensor from_teacher, Tensor position) -> Tensor");
   m.def(
@@ -20,4 +26,5 @@ STABLE_TORCH_LIBRARY(fastmkd_native, m) {
       "masked_conv2d_weight(Tensor values, Tensor grad, Tensor taps, Tensor order, int kh, int kw, int groups) "
       "-> Tensor");
   m.def("packed_attention(Tensor qkv, Tensor starts, float scale) -> Tensor");
+  m.def("unshuffle_tokens(Tensor tokens, Tensor keep, Tensor mask_token, Tensor positions) -> Tensor");
 }

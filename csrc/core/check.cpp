@@ -7,56 +7,12 @@
 #include <limits>
 #include <memory>
 #include <random>
-#include <sstream>
 #include <utility>
 #include <vector>
 
-#include "core/reference.h"
+#include "core/check_tools.h"
 
 namespace fastmkd::check {
-namespace {
-
-using Bytes = std::vector<std::byte>;
-
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-size_t as_size(int64_t n) { return static_cast<size_t>(n); }
-
-template <class... Parts>
-std::string text(const Parts&... parts) {
-  std::ostringstream stream;
-  (stream << ... << parts);
-  return stream.str();
-}
-
-// Normal variates rounded to the type.
-Bytes random_values(DType dtype, int64_t count, unsigned seed) {
-  std::mt19937 engine(seed);
-  std::normal_distribution<double> normal;
-  Bytes bytes(as_size(count) * reference::size_of(dtype));
-  for (int64_t i = 0; i < count; ++i) reference::encode(dtype, normal(engine), bytes.data(), i);
-  return bytes;
-}
-
-// Distinct indices in random order, one row per image.
-std::vector<int64_t> random_keep(int64_t batch, int64_t patches, int64_t kept, unsigned seed) {
-  std::mt19937 engine(seed);
-  std::vector<int64_t> keep, all(as_size(patches));
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < patches; ++i) all[as_size(i)] = i;
-    std::shuffle(all.begin(), all.end(), engine);
-    keep.insert(keep.end(), all.begin(), all.begin() + kept);
-  }
-  return keep;
-}
-
-// Same number, both NaN, or within a relative tolerance (0 = exact).
-bool close(double got, double want, double tolerance) {
-  if (std::isnan(want)) return std::isnan(got);
-  return got == want || std::fabs(got - want) <= tolerance * std::fabs(want);
-}
-
-}  // namespace
 
 Outcome cls_saliency(const Kernels& kernels, DType dtype, const SaliencyShape& shape, bool include_prefix) {
   const int64_t tokens = shape.prefix + shape.patches;
@@ -247,17 +203,7 @@ Outcome stitch_tokens(const Kernels& kernels, DType dtype, const StitchShape& sh
                   position.data(), shape.tokens,   shape.width,    out.data()};
   kernels.stitch_tokens(args, rows / 2, rows);
   kernels.stitch_tokens(args, 0, rows / 2);
-  const std::vector<double> want = reference::stitch_tokens(args, shape.batch);
-  Bytes rounded(out.size());
-  for (size_t i = 0; i < want.size(); ++i) {
-    const auto index = static_cast<int64_t>(i);
-    // The kernel rounds twice: the sum to float32, then to the type.
-    reference::encode(dtype, static_cast<float>(want[i]), rounded.data(), index);
-    const double got = reference::decode(dtype, out.data(), index);
-    const double expected = reference::decode(dtype, rounded.data(), index);
-    if (!close(got, expected, 0)) return {false, text("element ", i, " is ", got, ", expected ", expected)};
-  }
-  return {true, "equal"};
+  return equals_rounded(dtype, out, reference::stitch_tokens(args, shape.batch));
 }
 
 namespace {

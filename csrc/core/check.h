@@ -29,6 +29,14 @@ struct StitchShape {
   int64_t batch, tokens, width;
 };
 
+struct UnshuffleShape {
+  int64_t batch, prefix, patches, kept, width;
+};
+
+struct PatchLossShape {
+  int64_t batch, channels, grid_h, grid_w, patch_h, patch_w, hidden;
+};
+
 struct ConvShape {
   int64_t n_in, n_out, cin, cout, groups, taps;
 };
@@ -58,6 +66,12 @@ Outcome conversions(const Kernels& kernels);
 Outcome prefill(const Kernels& kernels);
 
 Outcome stitch_tokens(const Kernels& kernels, DType dtype, const StitchShape& shape);
+
+Outcome unshuffle_tokens(const Kernels& kernels, DType dtype, DType out_dtype, const UnshuffleShape& shape);
+
+// Sums, statistics and the gradient.
+Outcome masked_patch_loss(const Kernels& kernels, DType dtype, DType image_dtype, const PatchLossShape& shape,
+                          bool normalize);
 
 // Forward with and without bias; a third of the taps are absent, and row 0 has none.
 Outcome masked_conv2d(const Kernels& kernels, DType dtype, const ConvShape& shape, WeightLayout layout);

@@ -65,6 +65,35 @@ struct StitchArgs {
   void* out;  // (batch * tokens, width)
 };
 
+// Kept tokens back at their places: out[r] = (source[r] < 0 ? mask_token : tokens[source[r]]) + positions[r % places].
+struct UnshuffleArgs {
+  DType dtype;             // of tokens: f32, bf16 or f16
+  const void* tokens;      // (rows of all images, width), contiguous
+  const int64_t* source;   // (batch * places), rows of tokens or -1
+  DType out_dtype;         // of the rest: f32, or that of tokens
+  const void* mask_token;  // (width)
+  const void* positions;   // (places, width)
+  int64_t places, width;
+  void* out;  // (batch * places, width)
+};
+
+// A masked autoencoder's loss: rows are hidden patches, their values in the order row, column, channel.
+struct PatchLossArgs {
+  DType dtype;             // of prediction: f32, bf16 or f16
+  const void* prediction;  // (batch * hidden_count, patch_h * patch_w * channels)
+  DType image_dtype;       // f32, or that of prediction
+  const void* images;      // (batch, channels, height, width)
+  int64_t channels, height, width;
+  int64_t patch_h, patch_w;  // divide height and width
+  const int64_t* hidden;     // (batch, hidden_count)
+  int64_t hidden_count;
+  bool normalize;
+  float* stats;  // (rows, 2), what the pixels are shifted and scaled by: written by the loss, read by its gradient
+  double* sums;  // (rows), squared differences of a patch
+  float scale;   // of the gradient
+  void* out;     // like prediction, the gradient
+};
+
 // Where the neighbours of visible pixels lie: table[r, t] is the row under tap t of row r, -1 if there is none.
 struct TapTableArgs {
   const int64_t* cells;  // (num_cells), numbers of the visible cells in (batch, grid_h, grid_w)
@@ -148,6 +177,12 @@ static inline int64_t softmax_keys(const ClsSaliencyArgs& args) {
 // Per-thread scratch that cls_logits needs, in floats.
 static inline int64_t cls_logits_scratch(const ClsSaliencyArgs& args) { return args.heads * args.head_dim; }
 
+// Values of a patch, and the per-thread scratch that both of its kernels need: a patch, and a line of each channel.
+static inline int64_t patch_values(const PatchLossArgs& args) { return args.patch_h * args.patch_w * args.channels; }
+static inline int64_t patch_loss_scratch(const PatchLossArgs& args) {
+  return patch_values(args) + args.patch_w * args.channels;
+}
+
 static inline bool resizes(const SelectTokensArgs& args) {
   return args.target_h != args.grid_h || args.target_w != args.grid_w;
 }
@@ -191,6 +226,11 @@ struct Kernels {
   void (*narrow)(DType to, const float* in, void* out, int64_t begin, int64_t end);
   // out[r] = (from_teacher[r] ? teacher[r] : student[r]) + position[r % tokens] for rows [begin, end).
   void (*stitch_tokens)(const StitchArgs& args, int64_t begin, int64_t end);
+  // Rows of the result [begin, end).
+  void (*unshuffle_tokens)(const UnshuffleArgs& args, int64_t begin, int64_t end);
+  // Rows [begin, end): the sums and statistics of the loss, and the gradient.
+  void (*masked_patch_loss)(const PatchLossArgs& args, int64_t begin, int64_t end, float* scratch);
+  void (*masked_patch_loss_grad)(const PatchLossArgs& args, int64_t begin, int64_t end, float* scratch);
   // Cells [begin, end).
   void (*tap_table)(const TapTableArgs& args, int64_t begin, int64_t end, void* scratch);
   // Units [begin, end) of the plan.
@@ -225,6 +265,9 @@ struct Kernels {
   void widen(DType from, const void* in, float* out, int64_t begin, int64_t end);                             \
   void narrow(DType to, const float* in, void* out, int64_t begin, int64_t end);                              \
   void stitch_tokens(const StitchArgs& args, int64_t begin, int64_t end);                                     \
+  void unshuffle_tokens(const UnshuffleArgs& args, int64_t begin, int64_t end);                               \
+  void masked_patch_loss(const PatchLossArgs& args, int64_t begin, int64_t end, float* scratch);              \
+  void masked_patch_loss_grad(const PatchLossArgs& args, int64_t begin, int64_t end, float* scratch);         \
   void tap_table(const TapTableArgs& args, int64_t begin, int64_t end, void* scratch);                        \
   ConvPlan masked_conv2d_plan(const MaskedConvArgs& args);                                                    \
   void masked_conv2d(const MaskedConvArgs& args, int64_t begin, int64_t end, float* scratch);                 \
@@ -247,7 +290,8 @@ struct Kernels {
   ::fastmkd::Kernels {                                                                                            \
     ::fastmkd::isa::cls_logits, ::fastmkd::isa::cls_softmax, ::fastmkd::isa::select_tokens,                       \
         ::fastmkd::isa::gather_patches, ::fastmkd::isa::prefill, ::fastmkd::isa::widen, ::fastmkd::isa::narrow,   \
-        ::fastmkd::isa::stitch_tokens, ::fastmkd::isa::tap_table, ::fastmkd::isa::masked_conv2d_plan,             \
+        ::fastmkd::isa::stitch_tokens, ::fastmkd::isa::unshuffle_tokens, ::fastmkd::isa::masked_patch_loss,       \
+        ::fastmkd::isa::masked_patch_loss_grad, ::fastmkd::isa::tap_table, ::fastmkd::isa::masked_conv2d_plan,    \
         ::fastmkd::isa::masked_conv2d, ::fastmkd::isa::masked_conv2d_weight_plan,                                 \
         ::fastmkd::isa::masked_conv2d_weight, ::fastmkd::isa::masked_conv2d_weight_reduce,                        \
         ::fastmkd::isa::masked_depthwise_plan, ::fastmkd::isa::masked_depthwise,                                  \

@@ -247,6 +247,45 @@ std::vector<double> stitch_tokens(const StitchArgs& args, int64_t batch) {
   return out;
 }
 
+std::vector<double> unshuffle_tokens(const UnshuffleArgs& args, int64_t batch) {
+  std::vector<double> out;
+  for (int64_t i = 0; i < batch * args.places * args.width; ++i) {
+    const int64_t row = args.source[i / args.width], channel = i % args.width;
+    const double token = row < 0 ? decode(args.out_dtype, args.mask_token, channel)
+                                 : decode(args.dtype, args.tokens, row * args.width + channel);
+    out.push_back(token + decode(args.out_dtype, args.positions, i % (args.places * args.width)));
+  }
+  return out;
+}
+
+PatchLoss masked_patch_loss(const PatchLossArgs& args, int64_t batch) {
+  const int64_t values = patch_values(args), grid_w = args.width / args.patch_w;
+  PatchLoss found;
+  for (int64_t r = 0; r < batch * args.hidden_count; ++r) {
+    const int64_t top = args.hidden[r] / grid_w * args.patch_h, left = args.hidden[r] % grid_w * args.patch_w;
+    std::vector<double> pixels;
+    for (int64_t i = 0; i < values; ++i) {
+      const int64_t c = i % args.channels, x = i / args.channels % args.patch_w, y = i / args.channels / args.patch_w;
+      const int64_t line = (r / args.hidden_count * args.channels + c) * args.height + top + y;
+      pixels.push_back(decode(args.image_dtype, args.images, line * args.width + left + x));
+    }
+    double mean = 0, rstd = 1, sum = 0, squares = 0;
+    if (args.normalize) {
+      mean = std::accumulate(pixels.begin(), pixels.end(), 0.0) / static_cast<double>(values);
+      for (double x : pixels) squares += (x - mean) * (x - mean);
+      rstd = 1 / std::sqrt(squares / static_cast<double>(values - 1) + 1e-6);
+    }
+    for (int64_t i = 0; i < values; ++i) {
+      const double target = (pixels[static_cast<size_t>(i)] - mean) * rstd;
+      found.differences.push_back(decode(args.dtype, args.prediction, r * values + i) - target);
+      sum += found.differences.back() * found.differences.back();
+    }
+    found.sums.push_back(sum);
+    found.stats.insert(found.stats.end(), {mean, rstd});
+  }
+  return found;
+}
+
 std::vector<double> centred_gram(const GramArgs& args) {
   const int64_t n = args.batch;
   std::vector<double> out;

@@ -30,6 +30,15 @@ std::vector<double> packed_attention(const PackedAttentionArgs& args);
 // (batch * tokens, width)
 std::vector<double> stitch_tokens(const StitchArgs& args, int64_t batch);
 
+// (batch * places, width)
+std::vector<double> unshuffle_tokens(const UnshuffleArgs& args, int64_t batch);
+
+struct PatchLoss {
+  std::vector<double> differences;  // (batch * hidden_count, patch_h * patch_w * channels), prediction - target
+  std::vector<double> sums, stats;  // as in PatchLossArgs
+};
+PatchLoss masked_patch_loss(const PatchLossArgs& args, int64_t batch);
+
 // (num_cells * pixels, taps), by looking every tap up at its place in the image.
 std::vector<int32_t> tap_table(const TapTableArgs& args);
 

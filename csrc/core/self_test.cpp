@@ -25,6 +25,10 @@ std::vector<SelfTestResult> self_test() {
       record(isa, "centred_gram", check::centred_gram(table, dtype, {37, 150, 3}));
       record(isa, "packed_attention", check::packed_attention(table, dtype, {20, 1, 0, 37}, 2, 36));
       record(isa, "stitch_tokens", check::stitch_tokens(table, dtype, {3, 5, 37}));
+      for (DType other : {dtype, DType::f32}) {
+        record(isa, "unshuffle_tokens", check::unshuffle_tokens(table, dtype, other, {3, 1, 9, 4, 37}));
+        record(isa, "masked_patch_loss", check::masked_patch_loss(table, dtype, other, {2, 3, 3, 2, 6, 7, 4}, true));
+      }
       record(isa, "gather_patches", check::gather_patches(table, dtype, {2, 3, 24, 30, 6, 5, 4}));
     }
     for (const check::ConvShape& shape :

@@ -10,6 +10,7 @@
 #include "checks.h"
 #include "core/dispatch.h"
 #include "cpu/dtypes.h"
+#include "cpu/numbers.h"
 
 namespace fastmkd {
 namespace {
@@ -69,14 +70,6 @@ struct Inputs {
   bool starts_from_zero() const { return epilogue.bias == nullptr && epilogue.pos == nullptr; }
 };
 
-void check_keep(const Tensor& keep, int64_t count) {
-  const int64_t* index = keep.const_data_ptr<int64_t>();
-  const int64_t* last = index + keep.numel();
-  const int64_t* bad = std::find_if(index, last, [count](int64_t i) { return i < 0 || i >= count; });
-  require(bad == last, "keep holds the index ", bad == last ? 0 : *bad, "; expected 0 to ", count - 1, ", there are ",
-          count, " patches.");
-}
-
 Inputs check(const Tensor& images, const Tensor& weight, const std::optional<Tensor>& bias,
              const std::optional<Tensor>& pos, const Tensor& keep, int64_t stride_h, int64_t stride_w) {
   require_dim(images, "images", 4, "(B, C, H, W)");
@@ -110,7 +103,7 @@ Inputs check(const Tensor& images, const Tensor& weight, const std::optional<Ten
   in.patches.grid_w = (in.patches.width - in.patches.patch_w) / stride_w + 1;
   const int64_t count = grid_h * in.patches.grid_w;
   require(keep.size(0) == in.batch, "keep has shape ", shape_text(keep), "; expected (", in.batch, ", k).");
-  check_keep(keep, count);
+  require_numbers(keep, "keep", 0, count);
   in.patches.images = images.const_data_ptr();
   in.patches.keep = in.epilogue.keep = keep.const_data_ptr<int64_t>();
   in.patches.kept = keep.size(1);

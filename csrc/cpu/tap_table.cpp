@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "core/dispatch.h"
+#include "cpu/numbers.h"
 #include "cpu/scratch.h"
 
 namespace fastmkd {
@@ -13,14 +14,6 @@ namespace {
 // Entries below which a second thread costs more than it brings.
 constexpr int64_t kGrain = 32768;
 
-// The kernel trusts both, so every number is looked at.
-void check_numbers(const Tensor& numbers, const char* name, int64_t low, int64_t end) {
-  const int64_t* data = numbers.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < numbers.numel(); ++i) {
-    require(data[i] >= low && data[i] < end, name, " holds ", data[i], "; expected ", low, " to ", end - 1, ".");
-  }
-}
-
 std::tuple<Tensor, Tensor> tap_table(const Tensor& cells, const Tensor& rank, const std::vector<int64_t>& cell,
                                      const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
                                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
@@ -28,8 +21,8 @@ std::tuple<Tensor, Tensor> tap_table(const Tensor& cells, const Tensor& rank, co
   require_cpu(cells, "cells");
   require_cpu(rank, "rank");
   TapTableArgs args = check_tap_table(cells, rank, cell, kernel, stride, padding, dilation, transposed);
-  check_numbers(cells, "cells", 0, rank.numel());
-  check_numbers(rank, "rank", -1, args.num_cells);
+  require_numbers(cells, "cells", 0, rank.numel());
+  require_numbers(rank, "rank", -1, args.num_cells);
   const int64_t pixels = tap_table_pixels(args), taps = tap_table_taps(args), rows = args.num_cells * pixels;
   Tensor out = torch::stable::empty({rows, taps}, ScalarType::Int, std::nullopt, cells.device());
   Tensor pattern = torch::stable::empty({rows}, ScalarType::Long, std::nullopt, cells.device());

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import native, triton
 from .registry import Backend, BadInput, Cost, Sample, declare
+from .row_numbers import check_patch_numbers
 
 __all__ = ["patch_embed", "patch_grid", "patch_rows"]
 
@@ -162,10 +163,7 @@ def check_values(
     images: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None, keep: Tensor, stride_h: int, stride_w: int
 ) -> Iterator[tuple[Tensor, str]]:
     gh, gw = patch_grid(images, (weight.shape[2], weight.shape[3]), (stride_h, stride_w))
-    ordered = keep.sort(1).values
-    inside = (ordered[:, 0] >= 0) & (ordered[:, -1] < gh * gw)
-    yield inside.all(), f"keep holds an index outside 0 to {gh * gw - 1}, the patches of the {gh} x {gw} grid."
-    yield (ordered[:, 1:] != ordered[:, :-1]).all(), "keep names a patch twice for one image; each may occur once."
+    yield from check_patch_numbers("keep", keep, gh * gw)
 
 
 def fake(

@@ -19,6 +19,7 @@ import pytest
         ("test_gram_numerics.py", 24),
         ("test_attention_numerics.py", 30),
         ("test_stitch_numerics.py", 16),
+        ("test_mae_numerics.py", 68),
     ],
 )
 def test_numerics_under_the_interpreter(file: str, at_least: int) -> None:

@@ -60,6 +60,26 @@ void test_isa_environment() {
   expect(active_isa() == Isa::generic, "FASTMKD_ISA=generic");
 }
 
+void test_masked_autoencoder(const Kernels& table, DType dtype, const std::string& name) {
+  for (DType other : {dtype, DType::f32}) {
+    for (int64_t width : {1, 37, 512}) {
+      expect(check::unshuffle_tokens(table, dtype, other, {3, 2, 7, 3, width}),
+             name + "unshuffle_tokens width " + std::to_string(width));
+    }
+    expect(check::unshuffle_tokens(table, dtype, other, {2, 0, 4, 4, 8}), name + "unshuffle_tokens, nothing hidden");
+    // Gray, RGB at 16 and 14 pixels, more channels than pixels in a line, one line.
+    for (const check::PatchLossShape& shape :
+         {check::PatchLossShape{2, 1, 3, 2, 5, 4, 3}, check::PatchLossShape{2, 3, 2, 3, 16, 16, 4},
+          check::PatchLossShape{1, 3, 2, 2, 14, 14, 4}, check::PatchLossShape{1, 7, 2, 2, 3, 2, 1},
+          check::PatchLossShape{1, 3, 2, 1, 1, 40, 2}}) {
+      for (bool normalize : {false, true}) {
+        expect(check::masked_patch_loss(table, dtype, other, shape, normalize),
+               name + "masked_patch_loss " + std::to_string(shape.patch_h) + "x" + std::to_string(shape.patch_w));
+      }
+    }
+  }
+}
+
 void test_kernels(Isa isa) {
   const Kernels& table = kernels(isa);
   const std::string name = std::string(isa_name(isa)) + " ";
@@ -75,6 +95,7 @@ void test_kernels(Isa isa) {
     for (int64_t width : {1, 8, 37, 512}) {
       expect(check::stitch_tokens(table, dtype, {3, 7, width}), name + "stitch_tokens width " + std::to_string(width));
     }
+    test_masked_autoencoder(table, dtype, name);
     expect(check::gather_patches(table, dtype, {3, 3, 32, 48, 16, 16, 6}), name + "gather_patches 16x16");
     expect(check::gather_patches(table, dtype, {2, 1, 20, 33, 7, 3, 11}), name + "gather_patches overlapping");
   }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmkd.ops.masked_conv2d import masked_conv2d
-from fastmkd.ops.row_numbers import check_row_numbers
+from fastmkd.ops.row_numbers import check_patch_numbers, check_row_numbers
 
 
 def looks(table, low=0, end=3):
@@ -53,3 +53,12 @@ def test_a_gradient_without_its_table_is_refused():
     out = masked_conv2d(x, w, None, taps, taps[:0], order, order[:0])
     with pytest.raises(ValueError, match="taps_back is empty, but values needs a gradient"):
         out.sum().backward()
+
+
+def test_patch_numbers_are_looked_at_once_and_again_for_another_grid_or_after_a_change():
+    keep = torch.tensor([[3, 0], [1, 2]])
+    for end, expected in ((4, [True, True]), (4, []), (3, [False, True]), (4, [True, True])):
+        looks = [bool(right) for right, _ in check_patch_numbers("keep", keep, end)]
+        assert looks == expected, end
+    keep[1, 0] = 2
+    assert [bool(right) for right, _ in check_patch_numbers("keep", keep, 4)] == [True, False]
