@@ -11,7 +11,7 @@
 namespace fastmkd::FASTMKD_ISA {
 namespace {
 
-constexpr int64_t kDepth = 256;       // features of a chunk; it stays in the second-level cache
+constexpr int64_t kDepth = 512;       // features of a chunk; it stays in the second-level cache
 constexpr int64_t kLine = 16;         // features that are fetched, packed and multiplied at a time
 constexpr int64_t kPartWidth = 8192;  // least features of a part, where there are more
 constexpr int64_t kMostParts = 32;
@@ -51,12 +51,19 @@ inline void pack(const GramArgs& args, const GramLayer& layer, int64_t first, in
       const int64_t rest = smaller(kLanes, depth - k);  // 0 and less in the padding
       const Floats shift = load_some(origin + k, rest);
       // Row b * kTogether + g is image b of group g; transposed, image b lies in piece b of the group's vectors.
-      Floats block[kLanes]{};
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t from = image + i % kTogether * kGroup + i / kTogether;
-        if (from < args.batch) block[i] = load_some(origin + from * layer.stride + k, rest) - shift;
+      Floats block[kLanes];
+      const auto image_of = [&](int row) { return image + row % kTogether * kGroup + row / kTogether; };
+      if (rest >= kLanes && image + kLanes <= args.batch) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) block[i] = load(origin + image_of(i) * layer.stride + k) - shift;
+      } else {
+        for (int i = 0; i < kLanes; ++i) {
+          const bool real = image_of(i) < args.batch;
+          block[i] = real ? load_some(origin + image_of(i) * layer.stride + k, rest) - shift : Floats{};
+        }
       }
       if constexpr (kGroup > 1) transpose<kTogether>(block);
+#pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         store(to + i % kTogether * kGroupFloats + (k + i / kTogether * kTogether) * kGroup, block[i]);
       }
