@@ -3,9 +3,10 @@
 // A unit is one part of one layer's features. Chunks of kDepth features of all images are shifted by the first image,
 // packed and multiplied tile by tile, lower triangle only, while the next chunk is on its way from memory. A vector
 // holds kTogether features of each of a few images, and a lane sums every kTogether-th product of one pair: packing
-// then moves pieces of vectors and not single floats, and the tiles are small enough to waste little above the diagonal.
-// How many parts a layer has depends on the shapes alone, and the second pass adds them in order and in double, so that
-// the result does not depend on the number of threads and is closer to the truth than one long chain of floats.
+// then moves pieces of vectors and not single floats, and the tiles are small enough to waste little above the
+// diagonal. How many parts a layer has depends on the shapes alone, and the second pass adds them in order and in
+// double, so that the result does not depend on the number of threads and is closer to the truth than one long chain of
+// floats.
 #include "core/conv_tile.h"
 
 namespace fastmkd::FASTMKD_ISA {
