@@ -1,7 +1,7 @@
-"""Other ways to convolve what is visible: block gather in plain PyTorch, and spconv's submanifold convolution.
+"""Other ways to the same results: block gather in plain PyTorch, spconv's submanifold convolution, `pytorch-cka`.
 
-Both take and give the rows of a packed map in the order of `fastmkd.pack`, and both get their index tables from here
-before anything is timed, as a network that shares them between layers would.
+The convolutions take and give the rows of a packed map in the order of `fastmkd.pack`, and get their index tables from
+here before anything is timed, as a network that shares them between layers would.
 """
 
 from __future__ import annotations
@@ -19,8 +19,19 @@ from torch import Tensor
 
 from fastmkd.nn.plan import MaskPlan
 
-__all__ = ["SPCONV", "block_gather", "halo_rows", "on_one_thread", "spconv_convolution", "why_no_spconv"]
+__all__ = [
+    "PYTORCH_CKA",
+    "SPCONV",
+    "block_gather",
+    "halo_rows",
+    "on_one_thread",
+    "pytorch_cka",
+    "spconv_convolution",
+    "why_no_pytorch_cka",
+    "why_no_spconv",
+]
 
+PYTORCH_CKA = "1.1.3"
 SPCONV = "2.3.8"
 
 Convolution = Callable[[Tensor, Tensor], Tensor]  # rows (N, Cin) and weight (Cout, Cin / groups, k, k) to rows
@@ -98,10 +109,35 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
 
 def why_no_spconv() -> str | None:
     """None where spconv can run on the CPU, else a sentence."""
-    if util.find_spec("spconv") is None:
-        return f"spconv is not installed; pip install spconv=={SPCONV}"
-    found = metadata.version("spconv")
-    return None if found == SPCONV else f"spconv {found} is installed; this entry was written for {SPCONV}"
+    return _why_not("spconv", SPCONV, module="spconv")
+
+
+def why_no_pytorch_cka() -> str | None:
+    """None where `pytorch_cka` can run, else a sentence."""
+    return _why_not("pytorch-cka", PYTORCH_CKA, module="cka")
+
+
+def _why_not(package: str, version: str, module: str) -> str | None:
+    if util.find_spec(module) is None:
+        return f"{package} is not installed; pip install {package}=={version}"
+    found = metadata.version(package)
+    return None if found == version else f"{package} {found} is installed; this entry was written for {version}"
+
+
+def pytorch_cka(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    """CKA of all pairs by the package `pytorch-cka`: one Gram a layer, three terms, the result clamped to 0..1.
+
+    Args:
+        xs: M tensors ``(n, ...)``.
+        ys: N tensors ``(n, ...)``.
+
+    Returns:
+        ``(M, N)``.
+    """
+    from cka import cka_from_features
+
+    result: Tensor = cka_from_features([x.flatten(1) for x in xs], [y.flatten(1) for y in ys])
+    return result
 
 
 def spconv_convolution(plan: MaskPlan, size: int, kernel: int, stride: int) -> Convolution:

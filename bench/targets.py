@@ -157,6 +157,10 @@ def _faster_bf16(direction: str) -> Target:
     )
 
 
+def _cka(sentence: str, label: str, least: float, against: str = "") -> Target:
+    return Target(sentence, "cka", "fp32", "batch 64", label, "cka_matrix", least, against=against)
+
+
 _LAYERS, _STEP, _PLAIN = "ResNet-50's sixteen 3x3 layers", "ResNet-50 training step", "plain, unmasked"
 _DEPTHWISE = {percent: 0.8 * 100 / (100 - percent) for percent in (10, 50, 75)}  # of the bound by the visible share
 
@@ -228,6 +232,10 @@ TARGETS = (
         least=100.0,
         show=_share,
     ),
+    _cka("CKA, 16 x 16 layers: at least 30x pairwise, three terms", "16 x 16 layers", 30.0, "pairwise, three terms"),
+    _cka("CKA, 16 x 16 layers: at least 2.5x one Gram a layer in PyTorch", "16 x 16 layers", 2.5),
+    _cka("CKA, 16 x 16 layers: at least 2.5x pytorch-cka", "16 x 16 layers", 2.5, "pytorch-cka"),
+    _cka("CKA, one pair: under half of PyTorch's time", "one pair", 2.0),
     Target(
         "import of fastmkd: under 1.5 times torch + timm",
         benchmark="import_time",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fastmkd
 
+from .. import peers
 from ..registry import Answer, Case, Setting, Variant, benchmark
 
 CNN = [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]  # four layers of each
@@ -90,14 +91,23 @@ def cka(setting: Setting, kind: str, batch: int) -> Case:
         bytes=float(batch * width * layers[0].element_size()),
         floor=2**-9 if setting.dtype == "bf16" else 1e-5,  # the shift is kept in the features' dtype
     )
+    variants = [
+        Variant("pairwise, three terms", lambda: pairwise(xs, ys), answer),
+        Variant("one Gram a layer, PyTorch", lambda: once_per_layer(xs, ys), answer, plain=True),
+        Variant("cka_matrix", lambda: fastmkd.cka_matrix(xs, ys), answer),
+        Variant(
+            "Grams alone",
+            lambda: fastmkd.ops.centred_gram([x.flatten(1) for x in layers]),
+            Answer(flops=answer.flops, bytes=answer.bytes),
+        ),
+    ]
+    if setting.dtype == "fp32":  # it multiplies in the features' own dtype
+        run, reason = lambda: peers.pytorch_cka(xs, ys), peers.why_no_pytorch_cka()
+        variants.append(Variant("pytorch-cka", run, answer, unavailable=reason))
     return Case(
         label=kind,
         panel=f"batch {batch}",
-        variants=[
-            Variant("pairwise, three terms", lambda: pairwise(xs, ys), answer),
-            Variant("one Gram a layer, PyTorch", lambda: once_per_layer(xs, ys), answer, plain=True),
-            Variant("cka_matrix", lambda: fastmkd.cka_matrix(xs, ys), answer),
-        ],
+        variants=variants,
         baseline="one Gram a layer, PyTorch",
         items=batch,
         min_rounds=3,

@@ -61,6 +61,17 @@ inline Words splat_word(uint32_t x) { return Words{} + x; }
 
 inline Floats load(const float* from) { return load_raw<Floats>(from); }
 
+// Four floats in every quarter of AVX-512, every half of AVX2.
+inline Floats repeat4(const float* from) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(from));  // GCC 12 warns about the plain form
+#elif defined(__AVX2__)
+  return (Floats)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));
+#else
+  return load(from);
+#endif
+}
+
 inline Floats load(const Bf16* from) {
   return bit_cast<Floats>(__builtin_convertvector(load_raw<Shorts>(from), Words) << 16);
 }

@@ -1,4 +1,5 @@
 // fastmkd_native::centred_gram on the CPU.
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -33,8 +34,12 @@ Tensor centred_gram(const std::vector<Tensor>& features) {
   const ConvPlan plan = table.centred_gram_plan(args);
   const std::unique_ptr<float[]> sums(new float[static_cast<size_t>(plan.sums)]);
   args.sums = sums.get();
-  torch::stable::parallel_for(0, plan.units, 1, [&](int64_t begin, int64_t end) {
-    table.centred_gram(args, begin, end, thread_scratch(plan.scratch));
+  // Each thread takes the next unit that is left: one that shares its core does not hold up the others, and the result
+  // does not depend on who made a unit.
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, plan.units, 1, [&](int64_t, int64_t) {
+    float* scratch = thread_scratch(plan.scratch);
+    for (int64_t unit = next++; unit < plan.units; unit = next++) table.centred_gram(args, unit, unit + 1, scratch);
   });
   torch::stable::parallel_for(0, plan.reduce_units, 1, [&](int64_t begin, int64_t end) {
     table.centred_gram_reduce(args, begin, end, thread_scratch(plan.scratch));
