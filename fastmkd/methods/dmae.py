@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.vit import MaskedViT
+from ..ops import masked_patch_loss
 from .alignment import Alignment, Layers, check_pair, observe_blocks, pair_layers, prefix_length
 from .base import DistillMethod, DistillOutput, Panel
 from .dmae_checks import check_numbers, check_student
@@ -23,7 +24,6 @@ from .mae_decoder import MAEDecoder
 from .mae_parts import (
     count_hidden,
     draw_patches,
-    masked_patch_loss,
     normalised,
     paste_patches,
     patch_pixels,

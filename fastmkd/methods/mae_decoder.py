@@ -7,7 +7,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..nn.attention import run_block_on_rows, runs_on_rows
-from .mae_parts import sincos_positions, unshuffle_tokens
+from ..ops import unshuffle_tokens
+from .mae_parts import sincos_positions
 
 __all__ = ["MAEDecoder"]
 

@@ -17,12 +17,10 @@ from ..ops.patch_embed import patch_rows
 __all__ = [
     "count_hidden",
     "draw_patches",
-    "masked_patch_loss",
     "normalised",
     "paste_patches",
     "patch_pixels",
     "sincos_positions",
-    "unshuffle_tokens",
 ]
 
 EPSILON = 1e-6  # of the variance of a patch's pixels, as in the public MAE
@@ -86,56 +84,6 @@ def draw_patches(
     order = (~visible).to(torch.uint8).argsort(dim=1, stable=True)
     keep, rest = order.split((order.shape[1] - hidden, hidden), dim=1)
     return keep.contiguous(), rest.contiguous()
-
-
-def unshuffle_tokens(tokens: Tensor, keep: Tensor, mask_token: Tensor, positions: Tensor) -> Tensor:
-    """Puts the visible tokens back where they belong, the mask token everywhere else, and adds positions.
-
-    Args:
-        tokens: ``(B, P + k, D)``, prefix tokens first.
-        keep: ``(B, k)`` int64, the patch of each token.
-        mask_token: ``(D,)``.
-        positions: ``(P + N, D)``.
-
-    Returns:
-        ``(B, P + N, D)``.
-
-    Example:
-        >>> unshuffle_tokens(torch.ones(1, 1, 1), torch.tensor([[2]]), torch.tensor([5.0]), torch.zeros(3, 1)).flatten()
-        tensor([5., 5., 1.])
-    """
-    prefix, patches = tokens.split((tokens.shape[1] - keep.shape[1], keep.shape[1]), dim=1)
-    count = positions.shape[0] - prefix.shape[1]
-    hidden = mask_token.to(tokens.dtype).expand(len(tokens), count, -1)
-    whole = hidden.scatter(1, keep[:, :, None].expand_as(patches), patches)  # (B, N, D)
-    return torch.cat((prefix, whole), dim=1) + positions
-
-
-def masked_patch_loss(
-    prediction: Tensor, images: Tensor, hidden: Tensor, patch_size: int | tuple[int, int], normalize: bool
-) -> Tensor:
-    """Returns the mean squared error of predicted pixels, over the hidden patches alone (DMAE, Eq. 1).
-
-    Args:
-        prediction: ``(B, m, ph * pw * C)``.
-        images: ``(B, C, H, W)``.
-        hidden: ``(B, m)`` int64 patch indices.
-        patch_size: of both sides, or ``(ph, pw)``.
-        normalize: predict each patch's pixels minus their mean and over their standard deviation.
-
-    Returns:
-        Scalar, float32 at least.
-
-    Example:
-        >>> masked_patch_loss(torch.zeros(1, 1, 4), torch.full((1, 1, 2, 4), 3.0), torch.tensor([[1]]), 2, False)
-        tensor(9.)
-    """
-    wide = torch.promote_types(torch.promote_types(prediction.dtype, images.dtype), torch.float32)
-    target = patch_pixels(images, hidden, patch_size).to(wide)
-    if normalize:
-        mean, std = normalised(target)
-        target = (target - mean) / std
-    return F.mse_loss(prediction.to(wide), target)
 
 
 def patch_pixels(images: Tensor, patches: Tensor, patch_size: int | tuple[int, int]) -> Tensor:

@@ -79,9 +79,7 @@ class TeacherCall(Generic[A]):
         if self.dtype is not None:
             lowered = self.dtype != torch.float32
             autocast = torch.autocast(device.type, self.dtype if lowered else None, enabled=lowered)
-        # What is to be recorded is recorded by hooks, which change from call to call.
-        hooks = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False) if self.compile else contextlib.nullcontext()
-        with autocast, hooks:
+        with autocast, _guarded_hooks() if self.compile else contextlib.nullcontext():
             answer = self._observer(device)(teacher, images, *rest)
         # CUDA graphs write every answer to the same place.
         return answer.map(lambda x: x.to(home, copy=bool(self.compile)))
@@ -98,3 +96,8 @@ class TeacherCall(Generic[A]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": {}}  # a copy compiles its own; compiled code cannot be pickled
+
+
+def _guarded_hooks() -> Any:
+    """What is observed is recorded by hooks, which change from call to call; compiled code must notice that."""
+    return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)

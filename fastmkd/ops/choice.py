@@ -34,7 +34,7 @@ PREFERENCE = ("cpp", "triton", "cuda", "eager")  # of those that run on the devi
 MEASURE_ROUNDS = 5
 
 _forced: ContextVar[str] = ContextVar("fastmkd_backend", default="auto")
-_newest = "auto"  # the same for compiled code, which cannot ask a ContextVar before PyTorch 2.13 but notices a change here
+_newest = "auto"  # for compiled code: PyTorch 2.11 traces no ContextVar, but notices when a global changes
 _chosen: dict[tuple[str, ...], str] = {}
 
 

@@ -12,12 +12,11 @@ from torch.autograd import gradcheck
 import fastmkd
 from fastmkd.methods.mae_parts import (
     draw_patches,
-    masked_patch_loss,
     paste_patches,
     patch_pixels,
     sincos_positions,
-    unshuffle_tokens,
 )
+from fastmkd.ops import masked_patch_loss, unshuffle_tokens
 
 
 @pytest.mark.parametrize(("grid", "width", "prefix"), [((3, 5), 8, 1), ((1, 1), 4, 0), ((4, 2), 16, 5)])

@@ -164,7 +164,7 @@ def test_as_cheap_as_a_mask():
 @pytest.mark.parametrize("merges", [(0, 0, 0), (3, 0, 2), (99, 99, 99)])
 def test_the_count_is_what_runs(options, merges):
     model = tiny(**options).float()
-    # With gradients, so that no kernel of fastmkd's own runs; plain attention, since not every PyTorch counts fused one.
+    # With gradients, so that no kernel of fastmkd's own runs; plain attention: not every PyTorch counts fused one.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         MergedViT(model, merges)(pictures(1).float())
     heads = sum(p.numel() for name, p in model.named_parameters() if name.startswith("head") and "weight" in name)

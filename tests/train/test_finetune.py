@@ -123,7 +123,7 @@ def test_weights_without_a_run(recipes):
     assert main(["probe", "encoder.safetensors", *options]) == 0
     probed = weights("encoder-probe")
     assert all(torch.equal(value, probed[name]) for name, value in network.state_dict().items())
-    with pytest.raises(UserError, match=r"do not fit the student.*missing: blocks\.1"):
+    with pytest.raises(UserError, match=r"does not fit the student.*missing: blocks\.1"):
         train(tuning_recipe("finetune", "encoder.safetensors", [*options, "--student.kwargs.depth=2"]))
 
 
