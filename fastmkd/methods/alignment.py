@@ -6,7 +6,7 @@ r"""Alignment: a layer of the student, through a small head, follows a layer of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -114,8 +114,8 @@ class Alignment(nn.ModuleList):
         student: MaskedViT,
         teacher: MaskedViT,
         layers: Sequence[tuple[int, int]],
-        head: Literal["mlp2", "linear", "mlp3"] = "mlp2",
-        loss: Literal["l1", "l2"] = "l1",
+        head: str = "mlp2",
+        loss: str = "l1",
         normalize: bool = False,
         patches_only: bool = False,
     ) -> None:

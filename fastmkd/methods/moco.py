@@ -188,8 +188,8 @@ class MoCoV3(SelfDistillation):
         good = torch.stack([key.isfinite().all() for key in keys]).all()
         self.skipped.note(good)
         keys = [torch.where(good, key, torch.zeros_like(key)) for key in keys]
-        loss = sum(contrastive_loss(q, k, self.temperature) for q, k in zip(queries, keys[::-1], strict=True))
-        return self.output(loss, "moco", good, features[: len(views[0])], self.aligned(images, student))
+        first, second = (contrastive_loss(*pair, self.temperature) for pair in zip(queries, keys[::-1], strict=True))
+        return self.output(first + second, "moco", good, features[: len(views[0])], self.aligned(images, student))
 
     def train(self, mode: bool = True) -> Self:
         """Sets the student's and the heads' mode; the averages' batch norms go with them, the rest is in eval mode.

@@ -78,15 +78,14 @@ class SelfDistillation(DistillMethod):
         vit = student if isinstance(student, MaskedViT) else MaskedViT(student)
         if len(classifier_of(vit)) > 1:
             raise ValueError("student is a distilled DeiT, whose two heads have no use here; use a plain one.")
-        other, layers = None, []
-        if align is not None:
-            other, layers = self._check_alignment(vit, align)
+        checked = None if align is None else self._check_alignment(vit, align)
         super().__init__(student, None if align is None else align.teacher)
         # Views of student and teacher, kept out of the module tree so that no parameter appears twice.
         self.__dict__["_student_vit"] = vit
-        self.__dict__["_frozen_vit"] = other
         self.alpha = 0.0 if align is None else float(align.alpha)
-        if align is not None and other is not None:
+        if align is not None and checked is not None:
+            other, layers = checked
+            self.__dict__["_frozen_vit"] = other
             self.heads["align"] = Alignment(vit, other, layers, align.head, patches_only=True)
         self.momentum, self.total_updates = momentum, total_updates
         self.ema = nn.ModuleDict()
@@ -105,8 +104,10 @@ class SelfDistillation(DistillMethod):
 
     def needs(self) -> Needs:
         """Returns what is read of the student on whole images: features, and aligned blocks if there are any."""
-        blocks = self.heads["align"].student_blocks if "align" in self.heads else ()
-        return Needs(features=True, blocks=frozenset(blocks))
+        if "align" not in self.heads:
+            return Needs(features=True)
+        align: Any = self.heads["align"]
+        return Needs(features=True, blocks=frozenset(align.student_blocks))
 
     def aligned(self, images: Tensor, student: View) -> Tensor | None:
         """Returns how far the student's aligned layers are from the frozen teacher's, None without one.
@@ -163,7 +164,7 @@ class SelfDistillation(DistillMethod):
     def update_teacher(self) -> None:
         """Moves the averages towards the student; `begin_step` calls it by itself."""
         teacher: list[Tensor] = list(self.ema.parameters())
-        student = list(self._followed_parameters())
+        student: list[Tensor] = list(self._followed_parameters())
         step = list(torch._foreach_sub(student, teacher))
         torch._foreach_mul_(step, 1 - self.current_momentum().to(step[0].dtype))
         torch._foreach_add_(teacher, step)
