@@ -91,7 +91,7 @@ def record(self, interrupts):
     facts = {
         "whole": sum(p.numel() for p in self.parameters),
         "weights": count(self.parameters),
-        "moments": count(state["exp_avg"] for state in self.optimizer.optimizer.state.values()),
+        "moments": count(s["exp_avg"] for s in self.optimizer.optimizer.state.values() if "exp_avg" in s),
         "ema": count(self.ema.module.parameters()) if self.ema is not None else None,
         "units": sum(isinstance(module, FSDPModule) for module in self.method.modules()),
     }
