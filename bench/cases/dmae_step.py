@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmkd import DMAE, MaskedViT
 from fastmkd.methods.mae_decoder import MAEDecoder
@@ -16,6 +16,7 @@ from fastmkd.methods.mae_decoder import MAEDecoder
 from ..models import images_for, keep_for, vit
 from ..op_entries import compile_variant, why_no_compiler
 from ..registry import Answer, Case, Setting, Variant, benchmark
+from .maskedkd_step import Step, training_step
 
 PATCHES, GRID, PATCH = 196, (14, 14), 16
 DECODER = {"width": 512, "depth": 8, "num_heads": 16}
@@ -23,7 +24,6 @@ DECODER = {"width": 512, "depth": 8, "num_heads": 16}
 FLOORS = {"fp32": 1e-5, "bf16": 1e-3}
 
 Losses = tuple[Tensor, ...]  # pixels and, with a teacher, alignment: scalars
-Step = Callable[[], tuple[Tensor, ...]]
 
 
 def whole_block(block: Any, x: Tensor) -> Tensor:
@@ -104,23 +104,6 @@ def student_flops(model: Any, batch: int, kept: int) -> float:
     return 6.0 * batch * (macs + hidden * width * 768)
 
 
-def _step(setting: Setting, module: nn.Module, function: Callable[..., Losses], *args: Any) -> Step:
-    # A learning rate of zero does all the work of a step and leaves the weights, so that every step can be compared.
-    optimizer = torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad], lr=0.0, fused=setting.on_gpu or None
-    )
-
-    def run() -> tuple[Tensor, ...]:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(setting.device.type, setting.torch_dtype, enabled=setting.dtype != "fp32"):
-            parts = function(*args)
-        torch.stack(parts).sum().backward()
-        optimizer.step()
-        return tuple(part.detach() for part in parts)
-
-    return run
-
-
 def _grid(setting: Setting) -> list[dict[str, Any]]:
     if setting.quick and not setting.on_gpu:
         return [{"student": "ViT-S", "teacher": "ViT-B", "percent": 75, "batch": 4}]
@@ -158,11 +141,11 @@ def dmae_step(setting: Setting, student: str, teacher: str, percent: int, batch:
 
     def public(function: Callable[..., Losses]) -> Step:
         made = method()
-        return _step(setting, made, function, made, beside, images, keep, hidden)
+        return training_step(setting, made, function, made, beside, images, keep, hidden)
 
     def ours(function: Callable[..., Losses] = our_losses, **options: Any) -> Step:
         made = method(**options)
-        return _step(setting, made, function, made, images)
+        return training_step(setting, made, function, made, images)
 
     variants = [
         Variant("public code", public(public_losses), whole, plain=True),

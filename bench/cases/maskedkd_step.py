@@ -82,7 +82,15 @@ def our_losses(method: MaskedKD, images: Tensor, targets: Tensor) -> Losses:
     return out.terms["ce"], out.loss - out.terms["ce"]
 
 
-def _step(setting: Setting, module: nn.Module, function: Callable[..., Any], *args: Any) -> Step:
+def training_step(setting: Setting, module: nn.Module, function: Callable[..., Any], *args: Any) -> Step:
+    """A step with AdamW: forward, backward, update; returns the parts of the loss.
+
+    Args:
+        setting: device and precision.
+        module: what is trained.
+        function: returns the parts of the loss, scalars that are added.
+        args: its arguments.
+    """
     fused = {"fused": True} if setting.on_gpu else {}
     # A learning rate of zero does all the work of a step and leaves the weights, so that every step can be compared.
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, **fused)
@@ -139,16 +147,16 @@ def maskedkd_step(setting: Setting, student: str, teacher: str, percent: int) ->
     # Each way has its own student, so that neither hooks nor gradients are shared.
     def plain(function: Callable[..., Any]) -> Step:
         net = copy.deepcopy(own)
-        return _step(setting, net, function, net, other, images, targets)
+        return training_step(setting, net, function, net, other, images, targets)
 
     def apart(compiled: bool) -> Step:
         net, ask = copy.deepcopy(own), MaskedViT(copy.deepcopy(other))
         run = torch.compile(ask, dynamic=False, mode=_mode(setting)) if compiled else ask
-        return _step(setting, net, apart_losses, net, run, images, some, targets)
+        return training_step(setting, net, apart_losses, net, run, images, some, targets)
 
     def ours(function: Callable[..., Any], **options: Any) -> Step:
         method = MaskedKD(copy.deepcopy(own), copy.deepcopy(other), keep_ratio=percent / 100, **options)
-        return _step(setting, method, function, method, images, targets)
+        return training_step(setting, method, function, method, images, targets)
 
     variants = [
         Variant("full distillation", plain(full_losses), whole),
