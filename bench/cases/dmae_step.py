@@ -206,14 +206,21 @@ def dmae_teacher(setting: Setting, student: str, teacher: str, percent: int, bat
         with torch.no_grad():
             return public(copy.deepcopy(model).double(), copy.deepcopy(beside).double(), images.double())
 
-    ours = lambda dtype=None: lowered(dtype, lambda: masked.forward_intermediates(images, [layer - 1], keep)[0])  # noqa: E731
+    def taught(vit: MaskedViT, pixels: Tensor) -> Tensor:
+        return vit.forward_intermediates(pixels, [layer - 1], keep)[0]
+
     answer = Answer(exact, teacher_flops(model, batch, kept, layer))
+    theirs = lambda function: lowered(None, function, model, beside, images)  # noqa: E731
+    ours = lambda function, dtype=None: lowered(dtype, function, masked, images)  # noqa: E731
     variants = [
-        Variant("public code", lowered(None, public, model, beside, images), answer, plain=True),
-        Variant("fastmkd", ours(), answer),
+        Variant("public code", theirs(public), answer, plain=True),
+        Variant("fastmkd", ours(taught), answer),
     ]
     if setting.dtype == "fp32":
-        variants.append(Variant("fastmkd in bf16", ours(torch.bfloat16), Answer()))
+        variants.append(Variant("fastmkd in bf16", ours(taught, torch.bfloat16), Answer()))
+    if setting.on_gpu:
+        variants.append(compile_variant("public code, compiled", public, answer, theirs))
+        variants.append(compile_variant("fastmkd, compiled", taught, answer, ours))
     return Case(
         label=f"{percent} % hidden",
         panel=f"{teacher}, layer {layer}, batch {batch}",
