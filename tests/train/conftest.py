@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # for drawn_boxes, whatever import mode pytest runs in
+
 TINY = "{patch_size: 2, embed_dim: 12, depth: 1, num_heads: 3}"
 
 TEACHER = f"""
