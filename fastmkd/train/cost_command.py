@@ -26,6 +26,7 @@ from .errors import UserError
 from .models import build_model, model_kwargs
 from .recipe import load_recipe
 from .schema import ModelRecipe, Recipe
+from .tasks import classification_only
 
 __all__ = ["Cost", "costs", "main", "recipe_models"]
 
@@ -99,6 +100,7 @@ def recipe_models(recipe: Recipe) -> dict[str, nn.Module]:
         recipe: names them.
     """
     source = load_data(recipe.data)
+    classification_only(source, "fastmkd cost")
     parts, sources = {"student": recipe.student}, {"student": source, "teacher": source}
     of_teacher = teacher_recipe(recipe)
     if of_teacher is not None:
