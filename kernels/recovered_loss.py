@@ -160,7 +160,9 @@ def _join_kernel(
         for start in range(0, programs, JOINED):
             part = start + tl.arange(0, JOINED)
             place = (image * programs + part) * NUMBERS + side
-            most = tl.maximum(most, tl.max(tl.load(numbers_ptr + place, mask=part < programs, other=-float("inf")), axis=0))
+            most = tl.maximum(
+                most, tl.max(tl.load(numbers_ptr + place, mask=part < programs, other=-float("inf")), axis=0)
+            )
         total = tl.zeros((JOINED,), tl.float32)
         context = tl.zeros((BLOCK_C,), tl.float32)
         for start in range(0, programs, JOINED):
@@ -202,9 +204,7 @@ def tiling(batch: int, count: int, channels: int) -> tuple[int, int, dict[str, i
     return triton.cdiv(all_tiles, tiles), tiles, {"BLOCK_P": block_p, "BLOCK_C": block_c}
 
 
-def recovered_loss(
-    rows: Tensor, teacher: Tensor, queries: Tensor, patch: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def recovered_loss(rows: Tensor, teacher: Tensor, queries: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches both kernels; arguments as in `fastmkd.ops.recovered_loss`.
 
     Args:

@@ -143,7 +143,9 @@ def _grid(setting: Setting) -> list[dict[str, Any]]:
 
 
 @benchmark(
-    "mkd_decoder", summary="MKD's adaptive decoders and losses, five levels of RetinaNet, forward and backward", grid=_grid
+    "mkd_decoder",
+    summary="MKD's adaptive decoders and losses, five levels of RetinaNet, forward and backward",
+    grid=_grid,
 )
 def mkd_decoder(setting: Setting, part: str) -> Case:
     """Random maps and weights, 10 % hidden; half precisions run under autocast."""
@@ -153,7 +155,10 @@ def mkd_decoder(setting: Setting, part: str) -> Case:
     plain = nn.ModuleList(Level(side) for side in SIDES).to(setting.device)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(setting.device)  # noqa: E731
     if part == "losses":
-        inputs = [draw(batch, (s // level.scale) ** 2, level.scale**2 * CHANNELS) for s, level in zip(SIDES, plain, strict=True)]
+        inputs = [
+            draw(batch, (s // level.scale) ** 2, level.scale**2 * CHANNELS)
+            for s, level in zip(SIDES, plain, strict=True)
+        ]
     else:
         inputs = [draw(batch, CHANNELS, side, side) for side in SIDES]
     teacher = [draw(batch, CHANNELS, side, side).to(setting.torch_dtype) for side in SIDES]
@@ -163,7 +168,9 @@ def mkd_decoder(setting: Setting, part: str) -> Case:
 
     def step(terms: Callable[..., Terms], levels: nn.ModuleList, maps: list[Tensor], taught: list[Tensor]) -> Any:
         leaves = [x.detach().requires_grad_() for x in maps]
-        low = torch.autocast(setting.device.type, setting.torch_dtype, enabled=maps[0].dtype in (torch.bfloat16, torch.float16))
+        low = torch.autocast(
+            setting.device.type, setting.torch_dtype, enabled=maps[0].dtype in (torch.bfloat16, torch.float16)
+        )
         levels.zero_grad(set_to_none=True)
         with low:
             feat, relation = terms(levels, leaves, taught, visible)

@@ -112,8 +112,8 @@ class AdaptiveDecoder(nn.Module):
             return aligned if aligned.shape[2:] == grid else F.interpolate(aligned, grid, mode="nearest")
         size = (grid[0] * self.patch, grid[1] * self.patch)
         if level.shape[2:] != size or len(level) * grid[0] * grid[1] <= self.phi.out_channels:
-            aligned = self.sam(_fill(self.phi(level), size))
-            return aligned
+            whole: Tensor = self.sam(_fill(self.phi(level), size))
+            return whole
         # Nothing but sums stands between the two: one convolution does both, and the level is not written again. With
         # fewer tokens than channels the product of the weights costs more than it saves.
         weight = torch.einsum("omyx,mi->oiyx", self.sam.weight, self.phi.weight[:, :, 0, 0])
