@@ -111,7 +111,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Reads weights from ``.safetensors``, or from ``.pth`` and its like without running any code in it.
 
     Args:
-        path: the file. A checkpoint that keeps its weights under ``model`` or ``state_dict`` is opened.
+        path: the file. A checkpoint that keeps its weights under ``model`` or ``state_dict`` is opened; one with the
+            networks ``teacher`` and ``student``, as DINO's, gives both, under these names.
 
     Raises:
         UserError: missing, cut off, not weights, or a pickle that wants to run code.
@@ -142,6 +143,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if isinstance(state, dict) and isinstance(state.get("teacher"), dict):
+        networks = {role: state[role] for role in ("teacher", "student") if isinstance(state.get(role), dict)}
+        state = {f"{role}.{key}": value for role, network in networks.items() for key, value in network.items()}
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"the weights {path} are not a dict of tensors by name; save model.state_dict().")
     return state
@@ -160,13 +164,16 @@ def load_weights(model: nn.Module, path: str | Path, role: str, classifier: bool
     Raises:
         UserError: keys or shapes differ (all are listed, up to a few of each kind), or the file cannot be read.
     """
-    from .mae_checkpoint import lacks_classifier, load_encoder
+    from .encoder_checkpoint import find_layout, load_encoder
 
     state, own = read_state_dict(path), model.state_dict()
-    if lacks_classifier(state):
-        left_out = load_encoder(model, state, path, role, classifier).left_out
+    layout = find_layout(state)
+    if layout is not None:
+        left_out, _, resized = load_encoder(model, state, path, layout, role, classifier)
         if left_out:
             warnings.warn(f"of {path} the {role} did not take {shorten(left_out)}.", stacklevel=2)
+        if resized:
+            warnings.warn(f"for the {role} the weights {path} were fitted: {resized}.", stacklevel=2)
         return
     if not classifier and hasattr(getattr(model, "backbone", None), "body"):
         load_body(model.backbone.body, state, path, role)

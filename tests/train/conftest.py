@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for drawn_boxes, whatever import mode pytest runs in
+# importlib mode finds no modules beside the tests (paper_rows, drawn_boxes).
+sys.path.insert(0, str(Path(__file__).parent))
 
 TINY = "{patch_size: 2, embed_dim: 12, depth: 1, num_heads: 3}"
 
