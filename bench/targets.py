@@ -5,7 +5,7 @@ Every target is a ratio that must be at least so much: to another variant of a c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Target:
         against: the variant that the ratio is to; empty for the case's baseline.
         gpu: measured on a GPU; otherwise on a CPU.
         of_bound: what counts is the variant's share of its physical bound; with `against`, over that variant's share.
+        over: label of another case of the same panel; what counts is how many times its items a second are made.
     """
 
     sentence: str
@@ -41,14 +42,19 @@ class Target:
     against: str = ""
     gpu: bool = False
     of_bound: bool = False
+    over: str = ""
 
-    def ratio(self, record: dict[str, Any]) -> float | None:
-        """The ratio that counts if `record` is the right one, else None."""
+    def ratio(self, record: dict[str, Any], records: Iterable[dict[str, Any]] = ()) -> float | None:
+        """The ratio that counts if `record` is the right one, else None; `records` are asked for other cases."""
         place = (record["benchmark"], record["dtype"], record["label"])
         if place != (self.benchmark, self.dtype, self.label) or not record["panel"].startswith(self.panel):
             return None
         if (record["clock"] != "cpu") != self.gpu:
             return None
+        if self.over:
+            others = (r for r in records if r["label"] == self.over and _place(r) == _place(record))
+            speeds = [_speed(r, self.variant) for r in (record, *others)]
+            return speeds[0] / speeds[1] if len(speeds) > 1 and all(speeds) else None
         if self.of_bound:
             found = {v["name"]: v["bound"]["share"] for v in record["variants"] if v.get("bound")}
             if not self.against:
@@ -57,6 +63,15 @@ class Target:
             found = {v["name"]: v["ratio"]["median"] for v in record["variants"] if "ratio" in v}
         against = self.against or record["baseline"]
         return found[self.variant] / found[against] if {self.variant, against} <= found.keys() else None
+
+
+def _place(record: dict[str, Any]) -> tuple[str, ...]:
+    return record["env"]["slug"], *(record[part] for part in ("benchmark", "dtype", "panel", "clock"))
+
+
+def _speed(record: dict[str, Any], variant: str) -> float:
+    """Items a second of a variant that was right, else 0."""
+    return next((v["items_per_second"] for v in record["variants"] if v["name"] == variant and "ratio" in v), 0.0)
 
 
 def _inverse(ratio: float) -> str:
@@ -161,6 +176,29 @@ def _cka(sentence: str, label: str, least: float, against: str = "") -> Target:
     return Target(sentence, "cka", "fp32", "batch 64", label, "cka_matrix", least, against=against)
 
 
+def _dmae(words: str, least: float, variant: str = "fastmkd", against: str = "") -> Target:
+    """Of whatever batches were measured."""
+    sentence = f"DMAE step, ViT-B from ViT-L, 75 % hidden, {words}"
+    place = ("dmae_step", "fp32", "ViT-B from ViT-L, batch", "75 % hidden")
+    show = _inverse if least < 1 else "{:.2f}x".format
+    return Target(sentence, *place, variant, least, show, against)
+
+
+def _dmae_masking(variant: str, dtype: str, words: str = "", gpu: bool = False) -> Target:
+    return Target(
+        f"DMAE step, ViT-B from ViT-L, 95 % hidden{words}: at least 1.6x the images a second of 75 %",
+        benchmark="dmae_step",
+        dtype=dtype,
+        panel="ViT-B from ViT-L, batch",
+        label="95 % hidden",
+        variant=variant,
+        least=1.6,
+        gpu=gpu,
+        over="75 % hidden",
+    )
+
+
+_MAE = "fastmkd, MAE without a teacher"
 _LAYERS, _STEP, _PLAIN = "ResNet-50's sixteen 3x3 layers", "ResNet-50 training step", "plain, unmasked"
 _DEPTHWISE = {percent: 0.8 * 100 / (100 - percent) for percent in (10, 50, 75)}  # of the bound by the visible share
 
@@ -222,6 +260,39 @@ TARGETS = (
         variant="auto",
         least=2.0,
     ),
+    _dmae("at least 1.25x the public code's way", 1.25),
+    _dmae("teacher in bf16: at least 1.45x it", 1.45, "fastmkd, teacher in bf16"),
+    _dmae("at most 1.45 times plain MAE", 1 / 1.45, against=_MAE),
+    _dmae("teacher in bf16: at most 1.25 times plain MAE", 1 / 1.25, "fastmkd, teacher in bf16", _MAE),
+    _dmae_masking("fastmkd", "fp32"),
+    Target(
+        "DMAE's teacher alone, ViT-L up to layer 18, 75 % hidden: at least 1.75x the public code's way",
+        benchmark="dmae_teacher",
+        dtype="fp32",
+        panel="ViT-L, layer 18, batch",
+        label="75 % hidden",
+        variant="fastmkd",
+        least=1.75,
+    ),
+    _on_gpu(
+        "DMAE step, ViT-B from ViT-L, 75 % hidden",
+        "dmae_step",
+        "ViT-B from ViT-L, batch 256",
+        "75 % hidden",
+        "fastmkd, compiled",
+        1.15,
+        "public code, compiled",
+    ),
+    _on_gpu(
+        "DMAE's teacher alone, ViT-L up to layer 18, 75 % hidden",
+        "dmae_teacher",
+        "ViT-L, layer 18, batch 256",
+        "75 % hidden",
+        "fastmkd, compiled",
+        1.7,
+        "public code, compiled",
+    ),
+    _dmae_masking("fastmkd, compiled", "bf16", ", bf16 on a GPU", gpu=True),
     Target(
         "saliency: under 1 % of the student's forward",
         benchmark="cls_saliency",

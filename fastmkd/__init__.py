@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import show_config
-    from .methods import DMAE, DPK, DistillOutput, MaskedKD, Supervised
+    from .methods import DMAE, DPK, MKD, DenseKD, DistillOutput, MaskedKD, Supervised
     from .metrics import MinibatchCKA, cka_matrix, compare, hsic1
     from .nn import (
         MaskedConv2d,
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _HOME = {
     "DMAE": "methods",
     "DPK": "methods",
+    "MKD": "methods",
+    "DenseKD": "methods",
     "DistillOutput": "methods",
     "MaskedConv2d": "nn",
     "MaskedKD": "methods",
@@ -59,6 +61,8 @@ _ROOMS = ("kernels", "methods", "metrics", "nn", "ops", "reference", "train")
 __all__ = [
     "DMAE",
     "DPK",
+    "MKD",
+    "DenseKD",
     "DistillOutput",
     "MaskedConv2d",
     "MaskedKD",

@@ -107,27 +107,34 @@ def student_flops(model: Any, batch: int, kept: int) -> float:
 def _grid(setting: Setting) -> list[dict[str, Any]]:
     if setting.quick and not setting.on_gpu:
         return [{"student": "ViT-S", "teacher": "ViT-B", "percent": 75, "batch": 4}]
-    batch = 256 if setting.on_gpu else 4
-    return [{"student": "ViT-B", "teacher": "ViT-L", "percent": percent, "batch": batch} for percent in (75, 95)]
+    sizes = [(75, 256), (95, 256)] if setting.on_gpu else [(75, 4), (95, 4), (75, 16)]
+    return [{"student": "ViT-B", "teacher": "ViT-L", "percent": percent, "batch": batch} for percent, batch in sizes]
+
+
+def _hide(percent: int, batch: int, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Which patches are kept and which hidden, ``(B, k)`` and ``(B, N - k)``, both ascending."""
+    keep = keep_for(batch, PATCHES, PATCHES - round(percent / 100 * PATCHES), setting)
+    hidden = torch.ones(batch, PATCHES, device=setting.device).scatter(1, keep, 0).nonzero()[:, 1]
+    return keep, hidden.view(batch, -1)
 
 
 @benchmark("dmae_step", summary="DMAE pre-training step: forward, backward, AdamW", grid=_grid)
 def dmae_step(setting: Setting, student: str, teacher: str, percent: int, batch: int) -> Case:
-    """Random weights. All ways hide the same patches."""
-    kept = PATCHES - round(percent / 100 * PATCHES)
+    """Random weights. All ways hide the same patches, but for one that shows what hiding 95 % is worth."""
     images = images_for(batch, setting)
-    keep = keep_for(batch, PATCHES, kept, setting)
-    hidden = torch.ones(batch, PATCHES, device=setting.device).scatter(1, keep, 0).nonzero()[:, 1].view(batch, -1)
+    keep, hidden = _hide(percent, batch, setting)
+    kept = keep.shape[1]
     own: Any = vit(student, setting).train()
     other: Any = vit(teacher, setting).requires_grad_(False)
     torch.manual_seed(3)
     beside = MAEDecoder(other.embed_dim, 768, 1, GRID, **DECODER).to(setting.device).requires_grad_(False)
     layer = round(0.75 * len(other.blocks))
 
-    def method(with_teacher: bool = True, **options: Any) -> DMAE:
+    def method(with_teacher: bool = True, percent: int = percent, **options: Any) -> DMAE:
         torch.manual_seed(4)
         made = DMAE(copy.deepcopy(own), other if with_teacher else None, **options).to(setting.device)
-        made.__dict__["draw"] = lambda _: (keep, hidden, GRID)
+        drawn = _hide(percent, batch, setting)
+        made.__dict__["draw"] = lambda _: (*drawn, GRID)
         return made
 
     def exact() -> Losses:
@@ -152,6 +159,8 @@ def dmae_step(setting: Setting, student: str, teacher: str, percent: int, batch:
         Variant("fastmkd", ours(), whole),
         Variant("fastmkd, MAE without a teacher", ours(with_teacher=False), mae),
     ]
+    if percent < 95:
+        variants.append(Variant("fastmkd, 95 % hidden", ours(percent=95), Answer()))
     if setting.dtype == "fp32":
         variants.append(Variant("fastmkd, teacher in bf16", ours(teacher_dtype=torch.bfloat16), Answer()))
     if setting.on_gpu:
@@ -172,10 +181,9 @@ def dmae_step(setting: Setting, student: str, teacher: str, percent: int, batch:
 @benchmark("dmae_teacher", summary="DMAE's teacher on the visible patches", grid=_grid)
 def dmae_teacher(setting: Setting, student: str, teacher: str, percent: int, batch: int) -> Case:
     """Up to the aligned layer, against all layers, norm and decoder of the public code. The student has no part."""
-    kept = PATCHES - round(percent / 100 * PATCHES)
-    images, keep = images_for(batch, setting), keep_for(batch, PATCHES, kept, setting)
-    restore = torch.cat((keep, torch.ones(batch, PATCHES, device=setting.device).scatter(1, keep, 0)
-                         .nonzero()[:, 1].view(batch, -1)), dim=1).argsort(1)  # fmt: skip
+    images = images_for(batch, setting)
+    keep, hidden = _hide(percent, batch, setting)
+    kept, restore = keep.shape[1], torch.cat((keep, hidden), dim=1).argsort(1)
     model: Any = vit(teacher, setting).requires_grad_(False)
     beside = MAEDecoder(model.embed_dim, 768, 1, GRID, **DECODER).to(setting.device).requires_grad_(False)
     masked, layer = MaskedViT(model), round(0.75 * len(model.blocks))
@@ -198,14 +206,21 @@ def dmae_teacher(setting: Setting, student: str, teacher: str, percent: int, bat
         with torch.no_grad():
             return public(copy.deepcopy(model).double(), copy.deepcopy(beside).double(), images.double())
 
-    ours = lambda dtype=None: lowered(dtype, lambda: masked.forward_intermediates(images, [layer - 1], keep)[0])  # noqa: E731
+    def taught(vit: MaskedViT, pixels: Tensor) -> Tensor:
+        return vit.forward_intermediates(pixels, [layer - 1], keep)[0]
+
     answer = Answer(exact, teacher_flops(model, batch, kept, layer))
+    theirs = lambda function: lowered(None, function, model, beside, images)  # noqa: E731
+    ours = lambda function, dtype=None: lowered(dtype, function, masked, images)  # noqa: E731
     variants = [
-        Variant("public code", lowered(None, public, model, beside, images), answer, plain=True),
-        Variant("fastmkd", ours(), answer),
+        Variant("public code", theirs(public), answer, plain=True),
+        Variant("fastmkd", ours(taught), answer),
     ]
     if setting.dtype == "fp32":
-        variants.append(Variant("fastmkd in bf16", ours(torch.bfloat16), Answer()))
+        variants.append(Variant("fastmkd in bf16", ours(taught, torch.bfloat16), Answer()))
+    if setting.on_gpu:
+        variants.append(compile_variant("public code, compiled", public, answer, theirs))
+        variants.append(compile_variant("fastmkd, compiled", taught, answer, ours))
     return Case(
         label=f"{percent} % hidden",
         panel=f"{teacher}, layer {layer}, batch {batch}",

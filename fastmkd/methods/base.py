@@ -24,7 +24,8 @@ class DistillOutput(NamedTuple):
     Attributes:
         loss: scalar to call ``backward()`` on.
         terms: the parts of the loss before weighting, by name; detached scalars for logging.
-        student_output: what the student predicted: ``(B, classes)`` logits, or pixels in pre-training.
+        student_output: what the student predicted: ``(B, classes)`` logits, or pixels in pre-training. A detector
+            predicts nothing in training; its losses stand here, by name.
 
     Example:
         >>> loss, terms, logits = DistillOutput(torch.zeros(()), {}, torch.zeros(1, 2))
@@ -32,7 +33,7 @@ class DistillOutput(NamedTuple):
 
     loss: Tensor
     terms: dict[str, Tensor]
-    student_output: Tensor
+    student_output: Any
 
 
 class Panel(NamedTuple):
@@ -74,6 +75,7 @@ class DistillMethod(nn.Module):
         teacher_device: keeps the teacher on this device; None lets it move with the method.
 
     Attributes:
+        tasks: what the method can train: classification, detection, segmentation.
         pretrains: whether the student leaves without a classifier that has learnt anything. Such a method needs no
             targets and is judged by its own loss on test pictures.
 
@@ -87,6 +89,7 @@ class DistillMethod(nn.Module):
         ['student.bias', 'student.weight']
     """
 
+    tasks: tuple[str, ...] = ("classification",)
     pretrains: bool = False
     student: nn.Module
     teacher: nn.Module | None

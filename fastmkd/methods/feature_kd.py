@@ -1,4 +1,4 @@
-"""The methods that DPK is compared with, behind one class: cross-entropy and a `Baseline` over the same layers."""
+"""The methods that DPK and DMAE are compared with, behind one class: cross-entropy and a `Baseline` over layers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .base import DistillMethod, DistillOutput, split_heads, supervised_loss
 from .baselines import Answers, AttentionTransfer, Baseline, DecoupledKD, FitNet, ReviewKD, Step, VanillaKD
 from .choices import choose
 from .crd import CRD, BatchCRD
+from .feature_alignment import FeatureAlignment
 from .features import Features, check_layers, input_shape, observe_maps, probe
 from .losses import logit_kd
 from .teacher_call import CompileMode, TeacherCall
@@ -27,11 +28,12 @@ BASELINES: dict[str, Callable[[], Baseline]] = {
     "reviewkd": ReviewKD,
     "crd": CRD,
     "crd-batch": BatchCRD,
+    "align": FeatureAlignment,
 }
 
 
 class FeatureKD(DistillMethod):
-    r"""Vanilla KD, FitNet, attention transfer, DKD, ReviewKD or CRD between any two classifiers, by name.
+    r"""Vanilla KD, FitNet, attention transfer, DKD, ReviewKD, CRD or DMAE's alignment of any two classifiers, by name.
 
     The loss is ``ce_weight * CE + weight * base + logit_weight * KD`` with ``KD = tau^2 * KL(teacher || student)``.
     ``base="fitnet", weight=0.2, logit_weight=0.8`` makes it DPK's loss with FitNet's transform (Table 8).
@@ -42,8 +44,8 @@ class FeatureKD(DistillMethod):
     Args:
         student: a classifier; trained in place.
         teacher: a classifier of the same classes; frozen in place.
-        base: "kd", "fitnet", "at", "dkd", "reviewkd", "crd", "crd-batch", or a `fastmkd.methods.baselines.Baseline`
-            with its options.
+        base: "kd", "fitnet", "at", "dkd", "reviewkd", "crd", "crd-batch", "align", or a
+            `fastmkd.methods.baselines.Baseline` with its options.
         layers: the stages: the teacher's layer by the student's; not needed for "kd" and "dkd".
         weight: of the base; None takes its usual one.
         logit_weight: of vanilla KD beside another base.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,12 +15,14 @@ __all__ = ["Supervised"]
 
 
 class Supervised(ProbingMethod):
-    """Cross-entropy only; no teacher.
+    """The task's own loss only; no teacher.
 
-    A student with several heads (a distilled DeiT in training mode) is trained on the mean of their cross-entropies.
+    That is cross-entropy for a classifier; one with several heads (a distilled DeiT in training mode) is trained on the
+    mean of theirs. For a detector it is the sum of its losses.
 
     Args:
-        student: any classifier ``(B, C, H, W)`` -> logits ``(B, K)``, or a tuple of logits.
+        student: any classifier ``(B, C, H, W)`` -> logits ``(B, K)``, or a tuple of logits; or a detector, which is
+            called with a list of images and a list of targets and returns its losses by name, as torchvision's.
         linear_probe: train the classifier only, of a network of timm; the rest is frozen and in eval mode.
         batch_norm: with `linear_probe`, put a batch norm without weights before the classifier (MAE, Appendix A.1); it
             becomes a part of the classifier where the student is saved or released.
@@ -33,23 +38,34 @@ class Supervised(ProbingMethod):
         (['ce'], torch.Size([2, 3]))
     """
 
+    tasks = ("classification", "detection")
+
     def __init__(self, student: nn.Module, linear_probe: bool = False, batch_norm: bool = False) -> None:
         super().__init__(student, linear_probe=linear_probe, batch_norm=batch_norm)
 
-    def forward(self, images: Tensor, targets: Tensor) -> DistillOutput:
-        """Returns the cross-entropy of the student's predictions.
+    def forward(self, images: Tensor | Sequence[Tensor], targets: Any) -> DistillOutput:
+        """Returns the cross-entropy of the student's predictions, or the sum of a detector's losses.
 
         Args:
-            images: ``(B, C, H, W)`` floating point.
-            targets: ``(B,)`` int64 class indices or ``(B, K)`` soft labels.
+            images: ``(B, C, H, W)`` floating point; a list of ``(3, H, W)`` for a detector.
+            targets: ``(B,)`` int64 class indices or ``(B, K)`` soft labels; a list of dicts for a detector.
 
         Returns:
-            `DistillOutput` with the term ``ce``.
+            `DistillOutput` with the term ``ce``, or one term for each of a detector's losses.
 
         Raises:
             ValueError: targets that do not fit the logits.
-            TypeError: targets of a wrong dtype.
+            TypeError: targets of a wrong dtype, or a detector that does not return losses.
         """
+        if not isinstance(images, Tensor):
+            losses = self.student(images, targets)
+            if not isinstance(losses, dict):
+                raise TypeError(
+                    f"the student returned {type(losses).__name__} for a list of images; expected a detector in "
+                    "training mode, which returns its losses by name."
+                )
+            terms = {name: loss.detach() for name, loss in losses.items()}
+            return DistillOutput(torch.stack([loss.float() for loss in losses.values()]).sum(), terms, terms)
         heads = split_heads(self.student(images))
         loss = supervised_loss(heads, targets)
         return DistillOutput(loss, {"ce": loss.detach()}, torch.stack(heads).mean(0) if len(heads) > 1 else heads[0])

@@ -63,8 +63,9 @@ def patch_embed(
         tensor([[[10.],
                  [50.]]])
     """
-    if torch.is_autocast_enabled(images.device.type) and images.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(images.device.type)
+    device = images.device.type  # "meta" has no autocast to ask for
+    if images.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         images, weight = images.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     sh, sw = (weight.shape[2], weight.shape[3]) if stride is None else stride

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -36,5 +36,15 @@ def keep_bad_batch(trainer: Trainer, losses: Sequence[Tensor], epoch: int) -> st
     batch = next(trainer.loader.batches(trainer.plan(epoch)[: in_epoch + 1], epoch, start=in_epoch))
     images, targets = trainer.finished(batch, step, micro)
     path = trainer.run.path / f"bad_batch_{rank}.safetensors"
-    save_tensors(path, {"images": images, "targets": targets}, {"format": "pt", "update": str(step + 1)})
+    tensors = dict(_named("images", images)) | dict(_named("targets", targets))
+    save_tensors(path, tensors, {"format": "pt", "update": str(step + 1)})
     return f" The batch of update {step + 1} is in {path}."
+
+
+def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """A tensor as it is, those in lists and dicts as ``targets.0.boxes``."""
+    if isinstance(value, Tensor):
+        yield name, value
+        return
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _named(f"{name}.{key}", part)

@@ -23,6 +23,7 @@ from .recipe import identity, load_recipe
 from .rundir import RunDir
 from .schema import ModelRecipe, Recipe, TeacherRecipe
 from .seeds import seed_all
+from .tasks import task_of
 
 __all__ = [
     "Setup",
@@ -84,6 +85,7 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any], weights: str | Path
         UserError: anything in the recipe that does not fit.
     """
     source = load_data(recipe.data)
+    task_of(source).check(recipe, method_class(recipe).tasks)
     teacher = None
     own_identity = identity(recipe)
     if recipe.teacher is not None:
@@ -110,6 +112,7 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any], weights: str | Path
         "student": {"name": recipe.student.name, "kwargs": kwargs},
         "data": {
             "name": recipe.data.name,
+            "task": source.task,
             "classes": source.classes,
             "channels": source.channels,
             "image_size": source.image_size,

@@ -24,6 +24,7 @@ from .models import build_model, model_kwargs
 from .recipe import recipe_from_dict
 from .rundir import RunDir
 from .schema import ModelRecipe, Recipe
+from .tasks import classification_only
 
 __all__ = ["Batches", "curves", "main", "open_student", "open_teacher"]
 
@@ -177,6 +178,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.root is not None:
         recipe.data.root = arguments.root
     source, device = load_data(recipe.data), torch.device(arguments.device)
+    classification_only(source, "fastmkd cka")
     batches = Batches(recipe, source, arguments.batch_size, arguments.limit, device)
     if arguments.other is None:
         other, labels = open_teacher(recipe, source), (f"student {recipe.name}", "teacher")

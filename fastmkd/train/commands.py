@@ -42,14 +42,13 @@ def report(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from .evaluate import worded
+
     if not PartialState().is_main_process:
         return
     table = Table(title=result["name"], show_header=False)
-    scores = {"test loss": f"{result['loss']:.4f}"}
-    if "top1" in result:
-        scores = {f"test top-{k}": f"{result[f'top{k}']:.2f} %" for k in (1, 5)}
     rows = {
-        **scores,
+        **{f"test {name}": text for name, text in worded(result).items()},
         "epochs": str(result["epochs"]),
         "training speed": f"{result['images_per_second']:.0f} images/s",
         "update": f"{result['milliseconds_per_update']:.1f} ms",
@@ -74,15 +73,14 @@ def evaluate(argv: Sequence[str]) -> int:
     from jsonargparse import ArgumentParser
 
     from .accelerator import make_accelerator
-    from .augment import Finisher
     from .build import method_class, open_run, trained_student
     from .data import load_data
-    from .evaluate import evaluate as test
-    from .evaluate import evaluate_loss
+    from .evaluate import evaluate_loss, worded
     from .loading import Loader
     from .models import load_weights
     from .recipe import recipe_from_dict
     from .rundir import RunDir
+    from .tasks import task_of
 
     parser = ArgumentParser(prog="fastmkd eval", exit_on_error=False, description="Tests a finished run again.")
     parser.add_argument("run", type=str, help="folder of a finished run")
@@ -94,10 +92,9 @@ def evaluate(argv: Sequence[str]) -> int:
     if arguments.root is not None:
         recipe.data.root = arguments.root
     source = load_data(recipe.data)
-    accelerator = make_accelerator(recipe)
-    loader = Loader(source.test, recipe.data, None, source.image_size, accelerator.device, recipe.seed)
-    finish = Finisher(source.mean, source.std, source.num_classes)
-    how = (loader, finish, len(source.test), recipe.data.eval_batch_size, accelerator)
+    accelerator, task = make_accelerator(recipe), task_of(source)
+    loader = Loader(source.test, recipe.data, None, source.image_size, accelerator.device, recipe.seed, task)
+    how = (loader, task.finisher(source), len(source.test), recipe.data.eval_batch_size, accelerator)
     if method_class(recipe).pretrains:
         recipe.run.dir = arguments.run
         setup = open_run(recipe)
@@ -106,8 +103,8 @@ def evaluate(argv: Sequence[str]) -> int:
         scores = evaluate_loss(setup.method.to(accelerator.device), *how, recipe.seed)
         said = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "images")
     else:
-        scores = test(student.to(accelerator.device), *how)
-        said = f"top-1 {scores['top1']:.2f} %  top-5 {scores['top5']:.2f} %  loss {scores['loss']:.4f}"
+        scores = task.evaluate(student.to(accelerator.device), *how)
+        said = "  ".join(f"{name} {text}" for name, text in worded(scores).items())
     skipped = f", {len(loader.bad)} unreadable pictures skipped" if loader.bad else ""
     accelerator.print(f"{said}  on {scores['images']:.0f} pictures{skipped}")
     return 0

@@ -24,7 +24,7 @@ from ..nn import MaskedViT
 from ..nn.attention import runs_on_rows
 from ..nn.heads import rows_for_head
 
-__all__ = ["IMAGENET_PICTURES", "VitMacs", "paper_operations", "vit_macs"]
+__all__ = ["IMAGENET_PICTURES", "VitMacs", "block_macs", "encoder_macs", "paper_operations", "vit_macs"]
 
 IMAGENET_PICTURES = 1_281_167  # training pictures of ImageNet-1k
 NORM_OPERATIONS = 5  # for each element, as the paper's counter (fvcore) has it
@@ -89,11 +89,11 @@ def vit_macs(model: nn.Module, keep: int | None = None, exact_savings: bool = Tr
     vit, patches, kept = _opened(model, keep)
     tokens = kept if isinstance(vit, Cait) else kept + int(vit.num_prefix_tokens)
     blocks = list(vit.blocks.children())
-    costs = [_block_macs(block, tokens, tokens) for block in blocks]
+    costs = [block_macs(block, tokens, tokens) for block in blocks]
     if exact_savings and not isinstance(vit, Cait) and runs_on_rows(blocks[-1]):
-        costs[-1] = _block_macs(blocks[-1], tokens, rows_for_head(vit, tokens))
+        costs[-1] = block_macs(blocks[-1], tokens, rows_for_head(vit, tokens))
     if isinstance(vit, Cait):  # the class token joins here; each of these blocks makes its row alone
-        costs += [_block_macs(block, 1 + tokens, 1) for block in vit.blocks_token_only or ()]
+        costs += [block_macs(block, 1 + tokens, 1) for block in vit.blocks_token_only or ()]
         tokens += 1
     attention, projections, mlp = (sum(parts) for parts in zip(*costs, strict=True))
     embedded = kept if exact_savings else patches
@@ -104,6 +104,35 @@ def vit_macs(model: nn.Module, keep: int | None = None, exact_savings: bool = Tr
         mlp=mlp,
         head=_head_macs(vit, tokens),
     )
+
+
+def encoder_macs(
+    model: nn.Module, keep: int | None = None, depth: int | None = None, exact_savings: bool = True
+) -> int:
+    """Counts the multiply-adds of embedding an image and of the first blocks, all of whose output is wanted.
+
+    Args:
+        model: as in `vit_macs`.
+        keep: patches that it gets to see; None is all.
+        depth: how many blocks; None is all, but for those that CaiT's class token has to itself.
+        exact_savings: False embeds all patches, then gathers, as the public code does.
+
+    Raises:
+        ValueError: as `vit_macs`.
+        TypeError: as `vit_macs`.
+
+    Example:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224")
+        >>> f"{encoder_macs(vit, 49, 9) / encoder_macs(vit, 49):.2f}"
+        '0.75'
+    """
+    vit, patches, kept = _opened(model, keep)
+    tokens = kept if isinstance(vit, Cait) else kept + int(vit.num_prefix_tokens)
+    blocks = list(vit.blocks.children())[:depth]
+    embedded = kept if exact_savings else patches
+    embed: int = embedded * vit.patch_embed.proj.weight.numel()
+    return embed + sum(sum(block_macs(block, tokens, tokens)) for block in blocks)
 
 
 def paper_operations(model: nn.Module, keep: int | None = None) -> int:
@@ -153,8 +182,17 @@ def _opened(model: nn.Module, keep: int | None) -> tuple[Any, int, int]:
     return wrapped.model, patches, patches if keep is None else keep
 
 
-def _block_macs(block: Any, tokens: int, rows: int) -> tuple[int, int, int]:
-    """Attention, projections and MLP: keys and values for all tokens; queries and the rest for `rows` of them."""
+def block_macs(block: Any, tokens: int, rows: int) -> tuple[int, int, int]:
+    """Counts attention, projections and MLP of a block: keys and values for all tokens, the rest for some of them.
+
+    Args:
+        block: of a timm ViT.
+        tokens: how many there are.
+        rows: of how many the output is wanted.
+
+    Raises:
+        TypeError: a block of another kind; says which.
+    """
     attn = getattr(block, "attn", None)
     weights = {name: part.weight.numel() for name, part in block.named_modules() if isinstance(part, nn.Linear)}
     elsewhere = any(not name.startswith(("attn.", "mlp.")) for name in weights)

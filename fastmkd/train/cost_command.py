@@ -1,4 +1,7 @@
-"""``fastmkd cost RECIPE.yaml|TIMM_MODEL ...``: multiply-adds of teacher and student by patches kept."""
+"""``fastmkd cost RECIPE.yaml|TIMM_MODEL ...``: multiply-adds of teacher and student by patches kept.
+
+For a recipe of DMAE or MAE: those of a whole step by patches left visible, beside the public code's.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..methods import DMAE
+from ..methods.mae_parts import count_hidden
 from ..nn import MaskedViT
 from ..nn.merge_cost import merged_macs, merges_like_mask
 from ..nn.ragged_vit import why_not_ragged
-from .build import teacher_recipe
+from .build import build_method, method_class, teacher_recipe
 from .cost import IMAGENET_PICTURES, paper_operations, vit_macs
 from .data import load_data
+from .dmae_cost import dmae_macs
 from .errors import UserError
 from .models import build_model, model_kwargs
 from .recipe import load_recipe
 from .schema import ModelRecipe, Recipe
+from .tasks import classification_only
 
 __all__ = ["Cost", "costs", "main", "recipe_models"]
 
 PAPER_EPOCHS = 300  # of the runs in MaskedKD's Table 2
+DMAE_RATIOS = (0.75, 0.9, 0.95)  # of DMAE's Fig. 2
 
 
 class Cost(NamedTuple):
@@ -92,6 +100,7 @@ def recipe_models(recipe: Recipe) -> dict[str, nn.Module]:
         recipe: names them.
     """
     source = load_data(recipe.data)
+    classification_only(source, "fastmkd cost")
     parts, sources = {"student": recipe.student}, {"student": source, "teacher": source}
     of_teacher = teacher_recipe(recipe)
     if of_teacher is not None:
@@ -130,11 +139,18 @@ def main(argv: Sequence[str]) -> int:
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name} is {value}; expected at least 1.")
     shares = arguments.keep or [1.0, 0.75, 0.5, 0.25]
-    pictures, epochs = IMAGENET_PICTURES, PAPER_EPOCHS
+    pictures, epochs = arguments.pictures or IMAGENET_PICTURES, arguments.epochs or PAPER_EPOCHS
     if targets[0].endswith((".yaml", ".yml")):
         recipe = load_recipe(targets[0], [*options, *targets[1:]])
         models = recipe_models(recipe)
-        pictures, epochs = len(load_data(recipe.data).train), recipe.schedule.epochs
+        source = load_data(recipe.data)
+        pictures = arguments.pictures or len(source.train)
+        epochs = arguments.epochs or recipe.schedule.epochs
+        if issubclass(method_class(recipe), DMAE):
+            with torch.device("meta"):
+                method: Any = build_method(recipe, models["student"], models.get("teacher"), source)
+            report_dmae(method, [1 - share for share in arguments.keep], pictures, epochs)
+            return 0
         own = recipe.method.init_args.get("keep_ratio")
         if own is not None and not arguments.keep:
             shares = sorted({*shares, own}, reverse=True)
@@ -144,7 +160,7 @@ def main(argv: Sequence[str]) -> int:
         size = {} if arguments.image_size is None else {"img_size": arguments.image_size}
         with torch.device("meta"):
             models = {name: build_model(ModelRecipe(name), size, "model") for name in targets}
-    report(models, shares, arguments.pictures or pictures, arguments.epochs or epochs)
+    report(models, shares, pictures, epochs)
     return 0
 
 
@@ -189,10 +205,49 @@ def report(models: dict[str, nn.Module], shares: Sequence[float], pictures: int,
     )
 
 
-def _engineering(operations: float) -> str:
+def report_dmae(method: DMAE, mask_ratios: Sequence[float], pictures: int, epochs: int) -> None:
+    """Prints a table of DMAE's or MAE's parts, two rows for each share of hidden patches.
+
+    Args:
+        method: may live on the meta device.
+        mask_ratios: shares of hidden patches; none takes the method's own and those of DMAE's Fig. 2.
+        pictures: training pictures.
+        epochs: how often each is seen.
+
+    Raises:
+        UserError: a share that leaves no visible or no hidden patch, or a network that cannot be counted.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = MaskedViT(method.student).patch_grid()
+    patches = math.prod(grid)
+    ratios = mask_ratios or [method.mask_ratio, *(r for r in DMAE_RATIOS if round(r * patches) < patches)]
+    name = "DMAE" if method.layers else "MAE"
+    table = Table(title=f"{name}: multiply-adds per image, in millions")
+    for column in ("visible", "way", "student", "decoder", "teacher", "projection", "step", "training"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    try:
+        for hidden in sorted({count_hidden(ratio, grid) for ratio in ratios}):
+            for way in ("public code", "fastmkd"):
+                macs = dmae_macs(method, hidden / patches, exact_savings=way == "fastmkd")
+                numbers = [f"{part / 1e6:.1f}" for part in (*macs, macs.step)]
+                visible = f"{patches - hidden} of {patches}" if way == "public code" else ""
+                table.add_row(visible, way, *numbers, _engineering(macs.step * pictures * epochs, ""))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cost cannot count this: {error}") from None
+    console = Console()
+    console.print(table)
+    console.print(
+        "Public code: every patch embedded, every layer and the decoder of the teacher, every patch predicted. Step: "
+        f"forward and backward, the teacher forward. Training: {pictures:,} pictures x {epochs} epochs."
+    )
+
+
+def _engineering(operations: float, unit: str = "FLOPs") -> str:
     """Four digits and a prefix: 866.9 PFLOPs."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if operations < 1000 or prefix == "P":
             break
         operations /= 1000
-    return f"{operations:.1f} {prefix}FLOPs"
+    return f"{operations:.1f} {prefix}{unit}"

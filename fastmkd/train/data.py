@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .coco import LAYOUT, open_coco
 from .errors import UserError, shorten
 from .idx import read_idx
 from .pictures import FilePictures, TensorPictures, find_classes
 from .schema import DataRecipe
 from .seeds import generator
+from .tasks import classification_only
 
 __all__ = ["DATASETS", "DataSource", "load_data"]
 
@@ -27,22 +30,26 @@ class DataSource:
     """A data set, ready to train and test on.
 
     Attributes:
-        train: pictures to train on.
+        train: pictures to train on (`fastmkd.train.pictures.Pictures`).
         test: pictures to test on.
         classes: their names, in the order of the labels.
         channels: of a picture.
-        image_size: side in pixels that the networks get.
+        image_size: side in pixels that the networks get; a detector makes the shorter side of a picture this long.
         mean: per channel, of pixels in [0, 1].
         std: per channel.
+        task: what the pictures are for.
+        notes: what was left out while reading, a sentence each.
     """
 
-    train: TensorPictures | FilePictures
-    test: TensorPictures | FilePictures
+    train: Any
+    test: Any
     classes: list[str]
     channels: int
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    task: Literal["classification", "detection", "segmentation"] = "classification"
+    notes: list[str] = field(default_factory=list)
 
     @property
     def num_classes(self) -> int:
@@ -67,6 +74,8 @@ def load_data(recipe: DataRecipe) -> DataSource:
     if recipe.name not in DATASETS:
         raise UserError(f"data.name is {recipe.name!r}; known are {', '.join(DATASETS)}.")
     source = DATASETS[recipe.name](recipe)
+    if recipe.task is not None and recipe.task != source.task:
+        raise UserError(f"data.task is {recipe.task}, but data {recipe.name} is for {source.task}.")
     if recipe.image_size is not None:
         source.image_size = recipe.image_size
         for part in ("train", "test"):
@@ -83,15 +92,22 @@ def load_data(recipe: DataRecipe) -> DataSource:
             )
         setattr(source, name, tuple(values))
     if recipe.validation_fraction is not None:
-        chosen, held_out = stratified_split(source.train.labels, recipe.validation_fraction)
+        chosen, held_out = stratified_split(_kinds(source), recipe.validation_fraction)
         source.train, source.test = source.train.subset(chosen), source.train.subset(held_out)
     if recipe.limit is not None and recipe.limit < len(source.train):
         order = torch.randperm(len(source.train), generator=generator(SPLIT_SEED, "limit"))
         source.train = source.train.subset(order[: recipe.limit])
     if recipe.label_fraction is not None:
+        classification_only(source, "data.label_fraction")
         index = balanced_subset(source.train.labels, source.classes, recipe.label_fraction, recipe.subset_seed)
         source.train = source.train.subset(index)
     return source
+
+
+def _kinds(source: DataSource) -> Tensor:
+    """``(N,)``: what a split of the training pictures must do justice to."""
+    labels: Tensor = source.train.labels
+    return labels if source.task == "classification" else torch.zeros_like(labels)
 
 
 def balanced_subset(labels: Tensor, classes: Sequence[str], fraction: float, seed: int) -> Tensor:
@@ -261,6 +277,24 @@ def _image_folder(recipe: DataRecipe) -> DataSource:
     return DataSource(parts[0], parts[1], classes, 3, size, IMAGENET_MEAN, IMAGENET_STD)
 
 
+def _coco(recipe: DataRecipe) -> DataSource:
+    """Boxes in COCO's format; without a part to test on, the training pictures are split."""
+    if recipe.root is None:
+        raise UserError(f"data.root is not given; {LAYOUT}.")
+    root = Path(recipe.root)
+    if not root.is_dir():
+        raise UserError(f"data.root is {root}, which is not a folder; {LAYOUT}.")
+    first, second = open_coco(root)
+    train, notes = first.pictures, first.notes
+    if second is None:
+        chosen, held_out = stratified_split(torch.zeros_like(train.labels), recipe.test_fraction)
+        train, test = train.subset(chosen), train.subset(held_out)
+    else:
+        test, notes = second.pictures, [*notes, *second.notes]
+    classes = list(first.categories.values())
+    return DataSource(train, test, classes, 3, 800, IMAGENET_MEAN, IMAGENET_STD, "detection", notes)
+
+
 def _classes(folder: Path, layout: str) -> list[str]:
     classes = find_classes(folder)
     if not classes:
@@ -274,4 +308,5 @@ DATASETS: dict[str, Callable[[DataRecipe], DataSource]] = {
     "cifar10": _cifar,
     "cifar100": _cifar,
     "imagefolder": _image_folder,
+    "coco": _coco,
 }

@@ -17,12 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .accelerator import make_accelerator
-from .augment import Finisher
 from .bad_batch import keep_bad_batch
 from .build import Setup, assemble
 from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint, save_tensors
 from .errors import UserError, shorten
-from .evaluate import evaluate, evaluate_loss, summary
+from .evaluate import evaluate_loss, summary
 from .interrupt import Interrupts, RunInterrupted
 from .loading import Batch, Loader, epoch_plan
 from .logs import RunLog
@@ -33,6 +32,7 @@ from .rundir import RunDir
 from .schema import Recipe
 from .seeds import seed_all
 from .sharding import WholeCopy, name_units, shard_like
+from .tasks import task_of
 
 __all__ = ["Trainer", "train"]
 
@@ -44,9 +44,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
         recipe: what to train. A teacher that comes from a recipe is trained first.
 
     Returns:
-        What ``result.json`` holds: ``top1``, ``top5`` and ``loss`` on the test pictures (of a method that pre-trains
-        its loss and terms there), ``epochs``, ``updates``, ``seconds``, ``images_per_second``,
-        ``milliseconds_per_update``, ``bad_pictures``, ``weights``.
+        What ``result.json`` holds: ``top1``, ``top5`` and ``loss`` on the test pictures (of a detector ``map`` and its
+        like, of a method that pre-trains its loss and terms there), ``epochs``, ``updates``, ``seconds``,
+        ``images_per_second``, ``milliseconds_per_update``, ``bad_pictures``, ``weights``.
 
     Raises:
         UserError: the recipe or the data do not fit, the folder belongs to another run, or the loss is not finite.
@@ -93,10 +93,10 @@ class Trainer:
 
         device, augment = accelerator.device, recipe.augment
         size, seed = source.image_size, recipe.seed
-        self.loader = Loader(source.train, recipe.data, augment, size, device, seed)
-        self.test_loader = Loader(source.test, recipe.data, None, size, device, seed)
-        self.finish = Finisher(source.mean, source.std, source.num_classes, augment)
-        self.finish_test = Finisher(source.mean, source.std, source.num_classes)
+        self.task = task_of(source)
+        self.loader = Loader(source.train, recipe.data, augment, size, device, seed, self.task)
+        self.test_loader = Loader(source.test, recipe.data, None, size, device, seed, self.task)
+        self.finish, self.finish_test = self.task.finisher(source, augment), self.task.finisher(source)
 
         sharded = accelerator.is_fsdp2
         setup.method.to(device)  # with the teacher, which FSDP does not see
@@ -154,9 +154,9 @@ class Trainer:
         meter = Meter(accelerator)
         log = RunLog(self.run, self.total, self.step, accelerator.is_main_process, recipe.run.tensorboard)
         with log:
-            log.say(self._headline())
-            for problem in problems:
-                log.say(f"warning: {problem}")
+            warnings = [f"warning: {problem}" for problem in [*self.setup.source.notes, *problems]]
+            for line in (self._headline(), *self.task.notes(self.student), *warnings):
+                log.say(line)
             scores: dict[str, float] = {}
             for epoch in range(self.step // self.updates_per_epoch, recipe.schedule.epochs):
                 if self.step % self.updates_per_epoch == 0:
@@ -238,7 +238,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.student, step=self.step)
 
-    def finished(self, batch: Batch, step: int, micro: int) -> tuple[Tensor, Tensor]:
+    def finished(self, batch: Batch, step: int, micro: int) -> tuple[Any, Any]:
         """Returns images and targets as the method gets them; seeds what it draws, too.
 
         Args:
@@ -264,7 +264,7 @@ class Trainer:
         log.numbers(self.step, epoch, {**{f"train.{k}": v for k, v in values.items()}, "lr": rate}, speed)
 
     def test(self) -> dict[str, float]:
-        """Returns the test scores of the moving average if there is one, else of the student; see `evaluate`.
+        """Returns the test scores of the moving average if there is one, else of the student; see `Task.evaluate`.
 
         A method that pre-trains has its loss there instead, see `evaluate_loss`.
         """
@@ -278,7 +278,7 @@ class Trainer:
             scores = evaluate_loss(self.method, *how, self.recipe.seed)
         else:
             with self.whole(model) as whole:
-                scores = evaluate(whole, *how)
+                scores = self.task.evaluate(whole, *how)
         if not scores["images"]:
             raise UserError(f"none of the {count} test pictures can be read.")
         return scores

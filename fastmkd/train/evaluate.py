@@ -1,4 +1,4 @@
-"""What a run is judged by, on any number of processes: accuracy on the test set, or a pre-training's loss there."""
+"""What a classifier or a pre-training is judged by, on any number of processes, and how all scores are put in words."""
 
 from __future__ import annotations
 
@@ -9,11 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import Finisher
 from .loading import Loader, eval_plan
 from .seeds import seed_all
+from .tasks.base import Finish
 
-__all__ = ["count_hits", "evaluate", "evaluate_loss", "summary"]
+__all__ = ["count_hits", "evaluate", "evaluate_loss", "summary", "worded"]
+
+# Scores in percent, those a run is summed up by first.
+PERCENT = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "map": "mAP",
+    "map50": "mAP at IoU 0.50",
+    "map75": "mAP at IoU 0.75",
+    "map_small": "mAP of small boxes",
+    "map_medium": "mAP of medium boxes",
+    "map_large": "mAP of large boxes",
+    "miou": "mIoU",
+    "pixel_accuracy": "pixel accuracy",
+}
 
 
 def count_hits(logits: Tensor, targets: Tensor, top: tuple[int, ...] = (1, 5)) -> Tensor:
@@ -38,7 +52,7 @@ def count_hits(logits: Tensor, targets: Tensor, top: tuple[int, ...] = (1, 5)) -
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, finish: Finisher, num_pictures: int, batch_size: int, accelerator: Any
+    model: nn.Module, loader: Loader, finish: Finish, num_pictures: int, batch_size: int, accelerator: Any
 ) -> dict[str, float]:
     """Tests a classifier; its mode is restored.
 
@@ -76,7 +90,7 @@ def evaluate(
 def evaluate_loss(
     method: nn.Module,
     loader: Loader,
-    finish: Finisher,
+    finish: Finish,
     num_pictures: int,
     batch_size: int,
     accelerator: Any,
@@ -119,14 +133,28 @@ def evaluate_loss(
     return {**{name: total / max(images, 1) for name, total in zip(sums, totals, strict=True)}, "images": images}
 
 
+def worded(scores: dict[str, Any]) -> dict[str, str]:
+    """Puts scores in words, the one that sums a run up first; other things are left out.
+
+    Args:
+        scores: from `fastmkd.train.tasks.Task.evaluate` or `evaluate_loss`, perhaps among other things.
+
+    Example:
+        >>> worded({"loss": 1.0, "top1": 71.5, "images": 10.0})
+        {'top-1': '71.50 %', 'loss': '1.0000'}
+    """
+    said = {title: f"{scores[name]:.2f} %" for name, title in PERCENT.items() if name in scores}
+    return {**said, "loss": f"{scores['loss']:.4f}"} if "loss" in scores else said
+
+
 def summary(scores: dict[str, Any]) -> str:
     """Says in a few words what a run came to.
 
     Args:
-        scores: from `evaluate` or `evaluate_loss`, perhaps among other things.
+        scores: as for `worded`.
 
     Example:
-        >>> summary({"top1": 71.5, "loss": 1.0}), summary({"loss": 0.25})
-        ('top-1 71.50 %', 'loss 0.2500')
+        >>> summary({"top1": 71.5, "loss": 1.0}), summary({"map": 38.2}), summary({"loss": 0.25})
+        ('top-1 71.50 %', 'mAP 38.20 %', 'loss 0.2500')
     """
-    return f"top-1 {scores['top1']:.2f} %" if "top1" in scores else f"loss {scores['loss']:.4f}"
+    return " ".join(next(iter(worded(scores).items())))

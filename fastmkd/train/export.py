@@ -1,4 +1,4 @@
-"""``fastmkd export RUN``: the bare student, as safetensors with timm's keys or as ONNX."""
+"""``fastmkd export RUN``: the bare student, as safetensors with its own keys or as ONNX."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ __all__ = ["export_onnx", "export_safetensors", "main"]
 def export_safetensors(model: nn.Module, description: dict[str, Any], path: str | Path) -> None:
     """Writes weights that ``timm.create_model(name, **kwargs)`` loads; the file's header says name, kwargs and data.
 
+    A name such as detector.retinanet stands for ``fastmkd.nn.detectors.build_detector("retinanet", **kwargs)``.
+
     Args:
         model: the student.
         description: the run's ``recipe.json``.
@@ -46,8 +48,13 @@ def export_onnx(model: nn.Module, description: dict[str, Any], path: str | Path)
         path: the file.
 
     Raises:
-        UserError: the packages onnx and onnxscript are not installed.
+        UserError: the packages onnx and onnxscript are not installed, or the student is a detector.
     """
+    if description["data"].get("task") == "detection":
+        raise UserError(
+            "a detector is not exported to ONNX: how many boxes it finds depends on the pixels, and its pictures come "
+            "in a list. Write .safetensors, and fastmkd.nn.detectors.build_detector makes the network that loads it."
+        )
     absent = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if absent:
         raise UserError(f"exporting to ONNX needs {' and '.join(absent)}: pip install onnx onnxscript.")

@@ -95,7 +95,13 @@ def tuning_recipe(command: Literal["finetune", "probe"], source: str | Path, opt
 
 
 def _of_run(run: RunDir) -> dict[str, Any]:
-    stored = describe(run)["recipe"]
+    description = describe(run)
+    stored, task = description["recipe"], description["data"].get("task", "classification")
+    if task != "classification":
+        raise UserError(
+            f"the run in {run.path} is one of {task}, whose student needs no other head; train a recipe of Supervised "
+            "with student.weights to go on with it."
+        )
     recipe = recipe_from_dict({key: stored[key] for key in ("seed", "data", "student", "augment")})
     kwargs = {key: value for key, value in recipe.student.kwargs.items() if key != "num_classes"}  # a new classifier
     return {

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .augment import needs_pictures, picture_transform, shift_and_flip
+from .augment import needs_pictures, shift_and_flip
 from .errors import UserError
-from .pictures import FilePictures, Pictures, TensorPictures
+from .pictures import Pictures, TensorPictures
 from .schema import AugmentRecipe, DataRecipe
 from .seeds import generator, seed_all
+from .tasks import Classification, Task
+from .tasks.base import Reader
 
 __all__ = ["Batch", "Loader", "epoch_plan", "eval_plan"]
 
@@ -22,16 +25,16 @@ MAX_DEVICE_BYTES = 2**31
 
 
 class Batch(NamedTuple):
-    """Pictures and labels on the device.
+    """Pictures and targets on the device.
 
     Attributes:
-        images: ``(B, C, H, W)`` uint8.
-        targets: ``(B,)`` int64.
+        images: ``(B, C, H, W)`` uint8; for detection a list of ``(3, H, W)``.
+        targets: ``(B,)`` int64; for detection a list of dicts, for segmentation ``(B, H, W)``.
         numbers: ``(B,)`` int64, where in the set each picture stands.
     """
 
-    images: Tensor
-    targets: Tensor
+    images: Any
+    targets: Any
     numbers: Tensor
 
 
@@ -100,17 +103,24 @@ class Loader:
         image_size: side in pixels.
         device: where batches go.
         seed: of the run.
+        task: how pictures become batches; None is classification.
+
+    Attributes:
+        pictures: what it reads from.
+        bad: what could not be read.
     """
 
     def __init__(
         self,
-        pictures: TensorPictures | FilePictures,
+        pictures: Pictures,
         recipe: DataRecipe,
         augment: AugmentRecipe | None,
         image_size: int,
         device: torch.device,
         seed: int,
+        task: Task | None = None,
     ) -> None:
+        self.pictures = pictures
         self.bad: dict[str, str] = {}
         self.augment, self.device, self.seed = augment, device, seed
         self._order = _Order()
@@ -121,12 +131,13 @@ class Loader:
             home = device if small else torch.device("cpu")
             self._images, self._labels = pictures.images.to(home), pictures.labels.to(home)
         else:
-            dataset = _Readable(pictures, picture_transform(augment, image_size), seed, replace=augment is not None)
+            task = task or Classification()
+            dataset = _Readable(pictures, task.reader(augment, image_size), seed, replace=augment is not None)
             self._loader = DataLoader(
                 dataset,
                 batch_sampler=self._order,
                 num_workers=recipe.workers,
-                collate_fn=_collate,
+                collate_fn=functools.partial(_collate, task),
                 pin_memory=device.type == "cuda",
                 persistent_workers=recipe.workers > 0,
             )
@@ -145,8 +156,8 @@ class Loader:
         self._order.set(plan[start:], epoch)
         for batch, bad in self._loader:
             self.bad.update(bad)
-            if len(batch.targets):
-                yield Batch(*(part.to(self.device, non_blocking=True) for part in batch))
+            if len(batch.numbers):
+                yield moved(batch, self.device)
 
     def _from_memory(self, plan: Tensor | list[Tensor], epoch: int, start: int) -> Iterator[Batch]:
         assert self._images is not None
@@ -161,6 +172,25 @@ class Loader:
                 seed_all(self.seed, "shift", epoch, int(plan[number][0]))
                 images = shift_and_flip(images, augment.pad if augment.crop == "pad" else 0, augment.flip)
             yield Batch(images, targets, index)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Moves all tensors in nested lists, tuples and dicts; the copy may still be under way.
+
+    Args:
+        value: tensors at the leaves.
+        device: where they go.
+
+    Example:
+        >>> moved([{"boxes": torch.zeros(0, 4)}], torch.device("cpu"))
+        [{'boxes': tensor([], size=(0, 4))}]
+    """
+    if isinstance(value, dict):
+        return {name: moved(part, device) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [moved(part, device) for part in value]
+        return parts if isinstance(value, list) else type(value)(*parts)  # named tuples only
+    return value.to(device, non_blocking=True)
 
 
 class _Order:
@@ -185,7 +215,7 @@ class _Item(NamedTuple):
     """A picture as a worker read it: None if it cannot be read. `bad` names those that could not, with the reason."""
 
     image: Tensor | None
-    label: int
+    target: Any
     number: int
     bad: dict[str, str]
 
@@ -193,8 +223,8 @@ class _Item(NamedTuple):
 class _Readable(Dataset[Any]):
     """Pictures that survive broken files: ``[(epoch, index)]`` gives an `_Item`."""
 
-    def __init__(self, pictures: Pictures, transform: Callable[[Any], Tensor], seed: int, replace: bool) -> None:
-        self.pictures, self.transform, self.seed, self.replace = pictures, transform, seed, replace
+    def __init__(self, pictures: Pictures, read: Reader, seed: int, replace: bool) -> None:
+        self.pictures, self.read, self.seed, self.replace = pictures, read, seed, replace
 
     def __getitem__(self, item: tuple[int, int]) -> _Item:
         epoch, wanted = item
@@ -202,16 +232,17 @@ class _Readable(Dataset[Any]):
         for offset in range(len(self.pictures) if self.replace else 1):
             index = (wanted + offset) % len(self.pictures)
             try:
-                picture = self.pictures.load(index)
+                picture, target = self.pictures.load(index), self.pictures.target(index)
             except Exception as error:  # decoders raise anything: OSError, SyntaxError, ValueError, bomb errors ...
                 bad[self.pictures.where(index)] = f"{type(error).__name__}: {error}"
                 continue
             if self.replace:
                 seed_all(self.seed, "picture", epoch, wanted)
-            return _Item(self.transform(picture), int(self.pictures.labels[index]), index, bad)
+            image, target = self.read(picture, target)
+            return _Item(image, target, index, bad)
         if self.replace:
             raise UserError(f"none of {len(self.pictures)} pictures can be read; the first failed with {_first(bad)}.")
-        return _Item(None, -1, -1, bad)
+        return _Item(None, None, -1, bad)
 
 
 def _first(bad: dict[str, str]) -> str:
@@ -219,9 +250,8 @@ def _first(bad: dict[str, str]) -> str:
     return f"{reason} ({name})"
 
 
-def _collate(items: list[_Item]) -> tuple[Batch, dict[str, str]]:
+def _collate(task: Task, items: list[_Item]) -> tuple[Batch, dict[str, str]]:
     bad = {name: reason for item in items for name, reason in item.bad.items()}
-    good = [item for item in items if item.image is not None]
-    images = torch.stack([item.image for item in good if item.image is not None]) if good else torch.empty(0)
-    targets = torch.tensor([item.label for item in good], dtype=torch.int64)
-    return Batch(images, targets, torch.tensor([item.number for item in good], dtype=torch.int64)), bad
+    good = [(item.image, item.target, item.number) for item in items if item.image is not None]
+    images, targets = task.collate([image for image, _, _ in good], [target for _, target, _ in good])
+    return Batch(images, targets, torch.tensor([number for _, _, number in good], dtype=torch.int64)), bad

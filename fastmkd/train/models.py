@@ -1,4 +1,4 @@
-"""Networks by name, timm's or those of `fastmkd.nn.cifar`, and weights from files that cannot run code."""
+"""Networks by name, timm's, those of `fastmkd.nn.cifar` or detectors, and weights from files that cannot run code."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ from .schema import ModelRecipe, TeacherRecipe
 
 __all__ = ["build_model", "load_weights", "model_kwargs", "read_state_dict"]
 
+DETECTOR = "detector."  # how names of `fastmkd.nn.detectors.DETECTORS` begin
+# What a detector may make of the longer side of a picture, for its shorter one of 800, on COCO.
+LONGER = 1333 / 800
+
 # A recipe's name cifar.vgg13 is CRD's network for 32 x 32 pixels; vgg13 is timm's.
 CIFAR = {f"cifar.{name}": getattr(cifar, name) for name in cifar.__all__ if name.islower()}
 
@@ -40,6 +44,14 @@ def model_kwargs(recipe: ModelRecipe | TeacherRecipe, source: DataSource) -> dic
         if source.channels != 3:
             raise UserError(f"{recipe.name} takes colour pictures, and these have {source.channels} channel(s).")
         return {"num_classes": source.num_classes, **recipe.kwargs}
+    if str(recipe.name).startswith(DETECTOR):
+        decided = {
+            "num_classes": source.num_classes,
+            "image_size": [source.image_size, round(source.image_size * LONGER)],
+            "image_mean": list(source.mean),
+            "image_std": list(source.std),
+        }
+        return {**decided, **recipe.kwargs}
     kwargs: dict[str, Any] = {"num_classes": source.num_classes, "in_chans": source.channels}
     config = get_pretrained_cfg(recipe.name or "")
     if config is not None and config.fixed_input_size and config.input_size[-1] != source.image_size:
@@ -71,6 +83,11 @@ def build_model(recipe: ModelRecipe | TeacherRecipe, kwargs: dict[str, Any], rol
         if recipe.pretrained:
             raise UserError(f"{role}.pretrained is true, but {recipe.name} has no weights to download; train it first.")
         make: Any = CIFAR[recipe.name]
+    elif str(recipe.name).startswith(DETECTOR):
+        from ..nn.detectors import build_detector
+
+        kind = str(recipe.name).removeprefix(DETECTOR)
+        make = functools.partial(build_detector, kind, pretrained=recipe.pretrained)
     elif isinstance(recipe.name, str) and timm.is_model(recipe.name):
         make = functools.partial(timm.create_model, recipe.name, pretrained=recipe.pretrained)
     else:
@@ -81,7 +98,7 @@ def build_model(recipe: ModelRecipe | TeacherRecipe, kwargs: dict[str, Any], rol
     try:
         model: nn.Module = make(**kwargs)
     except (TypeError, ValueError, AssertionError) as error:
-        reason = str(error) or type(error).__name__
+        reason = (str(error) or type(error).__name__).removesuffix(".")
         raise UserError(f"cannot make the {role} {recipe.name} with {kwargs}: {reason}.") from None
     if recipe.weights is not None:
         load_weights(model, recipe.weights, role)
@@ -94,7 +111,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Reads weights from ``.safetensors``, or from ``.pth`` and its like without running any code in it.
 
     Args:
-        path: the file. A checkpoint that keeps its weights under ``model`` or ``state_dict`` is opened.
+        path: the file. A checkpoint that keeps its weights under ``model`` or ``state_dict`` is opened; one with the
+            networks ``teacher`` and ``student``, as DINO's, gives both, under these names.
 
     Raises:
         UserError: missing, cut off, not weights, or a pickle that wants to run code.
@@ -125,6 +143,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if isinstance(state, dict) and isinstance(state.get("teacher"), dict):
+        networks = {role: state[role] for role in ("teacher", "student") if isinstance(state.get(role), dict)}
+        state = {f"{role}.{key}": value for role, network in networks.items() for key, value in network.items()}
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"the weights {path} are not a dict of tensors by name; save model.state_dict().")
     return state
@@ -137,24 +158,56 @@ def load_weights(model: nn.Module, path: str | Path, role: str, classifier: bool
         model: the network.
         path: see `read_state_dict`.
         role: "student" or "teacher", for messages.
-        classifier: False keeps the model's own classifier, whose keys the file may have, in whatever shape, or lack.
+        classifier: False keeps the model's own classifier, whose keys the file may have, in whatever shape, or lack;
+            of a detector it loads the backbone alone, from weights of the classifier that this was.
 
     Raises:
         UserError: keys or shapes differ (all are listed, up to a few of each kind), or the file cannot be read.
     """
-    from .mae_checkpoint import lacks_classifier, load_encoder
+    from .encoder_checkpoint import find_layout, load_encoder
 
     state, own = read_state_dict(path), model.state_dict()
-    if lacks_classifier(state):
-        left_out = load_encoder(model, state, path, role, classifier).left_out
+    layout = find_layout(state)
+    if layout is not None:
+        left_out, _, resized = load_encoder(model, state, path, layout, role, classifier)
         if left_out:
             warnings.warn(f"of {path} the {role} did not take {shorten(left_out)}.", stacklevel=2)
+        if resized:
+            warnings.warn(f"for the {role} the weights {path} were fitted: {resized}.", stacklevel=2)
+        return
+    if not classifier and hasattr(getattr(model, "backbone", None), "body"):
+        load_body(model.backbone.body, state, path, role)
         return
     if not classifier:
         last = {id(p) for layer in classifier_of(model) for p in layer.parameters()}
         state |= {name: own[name] for name, p in model.named_parameters() if id(p) in last}
+    unknown = [k for k in state if k not in own]
+    _refuse_misfits(own, state, unknown, path, role)
+    model.load_state_dict(state)
+
+
+def load_body(body: Any, state: dict[str, Tensor], path: str | Path, role: str) -> None:
+    """Loads the weights of a classifier into what a detector has of it.
+
+    Args:
+        body: a part of `fastmkd.nn.detectors`.
+        state: by the keys of the classifier; what stands behind the last map of the body is left out.
+        path: where they come from, for messages.
+        role: "student" or "teacher", for messages.
+
+    Raises:
+        UserError: a key of the body is missing or of another shape.
+    """
+    own, plain = body.state_dict(), body.from_classifier(state)
+    _refuse_misfits(own, plain, [], path, f"{role}'s backbone")
+    body.load_state_dict({key: plain[key] for key in own})
+
+
+def _refuse_misfits(
+    own: dict[str, Tensor], state: dict[str, Tensor], unknown: list[str], path: str | Path, role: str
+) -> None:
     problems = []
-    missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
+    missing = [k for k in own if k not in state]
     shapes = [
         f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
         for key in own
@@ -165,7 +218,6 @@ def load_weights(model: nn.Module, path: str | Path, role: str, classifier: bool
             problems.append(f"{len(keys)} {title}: {shorten(keys)}")
     if problems:
         raise UserError(f"the weights {path} do not fit the {role}. Keys {'; '.join(problems)}.")
-    model.load_state_dict(state)
 
 
 def method_arguments(kind: type, student: nn.Module, teacher: nn.Module | None) -> dict[str, nn.Module | None]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..methods import DistillMethod, Panel
-from .augment import Finisher
 from .build import Setup
 from .checkpoint import save_tensors
 from .errors import UserError
@@ -23,6 +22,7 @@ from .loading import Batch, Loader
 from .rundir import RunDir
 from .seeds import seed_all
 from .sheet import draw_panel, new_figure, save_figure, spread, to_pixels
+from .tasks.base import Finish
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,16 +64,18 @@ class Snapshots:
     """Writes the snapshots of a run.
 
     Args:
-        setup: of the run. A method that has nothing but the input to show leaves no snapshots.
+        setup: of the run. A method that has nothing but the input to show leaves no snapshots, nor does a task other
+            than classification.
         run: its folder.
         loader: of the test pictures.
         finish: normalises them.
         accelerator: of Hugging Face Accelerate.
     """
 
-    def __init__(self, setup: Setup, run: RunDir, loader: Loader, finish: Finisher, accelerator: Any) -> None:
+    def __init__(self, setup: Setup, run: RunDir, loader: Loader, finish: Finish, accelerator: Any) -> None:
         recipe = setup.recipe
-        silent = type(setup.method).pictures is DistillMethod.pictures
+        shown = type(setup.method).pictures is not DistillMethod.pictures
+        silent = not shown or setup.source.task != "classification"
         self.epochs = set() if silent else snapshot_epochs(recipe.schedule.epochs, recipe.run.panels)
         self.setup, self.run, self.loader, self.finish, self.accelerator = setup, run, loader, finish, accelerator
         self._pictures: list[Batch] | None = None

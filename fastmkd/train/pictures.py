@@ -1,4 +1,4 @@
-"""Two kinds of picture collections: a tensor in memory, and files on a disk some of which may be broken."""
+"""Collections of pictures with classes: a tensor in memory, and files on a disk some of which may be broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 
 
 class Pictures(Protocol):
-    """Pictures with labels; `load` may raise for a broken one."""
+    """Pictures with targets; `load` and `target` may raise for a broken one.
+
+    Attributes:
+        labels: ``(N,)`` int64 class of each; where pictures have none, something that tells kinds of pictures apart.
+    """
 
     labels: Tensor
 
@@ -30,6 +34,22 @@ class Pictures(Protocol):
 
         Args:
             index: from 0.
+        """
+        ...
+
+    def target(self, index: int) -> Any:
+        """What is to be learnt about picture `index`: its class as an int, its boxes, its mask.
+
+        Args:
+            index: from 0.
+        """
+        ...
+
+    def subset(self, index: Tensor) -> Pictures:
+        """Returns the pictures `index`.
+
+        Args:
+            index: int64.
         """
         ...
 
@@ -74,6 +94,14 @@ class TensorPictures:
         from torchvision.transforms.v2.functional import to_pil_image
 
         return to_pil_image(self.images[index])
+
+    def target(self, index: int) -> int:
+        """Class of picture `index`.
+
+        Args:
+            index: from 0.
+        """
+        return int(self.labels[index])
 
     def where(self, index: int) -> str:
         """Names picture `index` for a message.
@@ -131,6 +159,14 @@ class FilePictures:
 
         with Image.open(self.paths[index]) as picture:
             return picture.convert("RGB")
+
+    def target(self, index: int) -> int:
+        """Class of picture `index`.
+
+        Args:
+            index: from 0.
+        """
+        return int(self.labels[index])
 
     def where(self, index: int) -> str:
         """Names picture `index` for a message.

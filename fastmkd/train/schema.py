@@ -29,10 +29,12 @@ class DataRecipe:
     """Which pictures, and how they come in batches.
 
     Attributes:
-        name: digits, fashion-mnist, cifar10, cifar100 or imagefolder.
+        name: digits, fashion-mnist, cifar10, cifar100, imagefolder or coco.
+        task: what the pictures are for, where a set serves several tasks; null takes its only one.
         root: folder of the data; null looks in the usual places.
         download: let torchvision download the set into root if it is not there.
-        image_size: side in pixels that the networks get; null keeps the set's own.
+        image_size: side in pixels that the networks get; null keeps the set's own. For detection the shorter side, the
+            longer one being at most 1333/800 of it; student.kwargs.image_size says both.
         batch_size: training images in one forward pass of one process.
         eval_batch_size: test images in one forward pass.
         workers: processes that read and transform picture files.
@@ -48,6 +50,7 @@ class DataRecipe:
     """
 
     name: str = "digits"
+    task: Literal["classification", "detection", "segmentation"] | None = None
     root: str | None = None
     download: bool = False
     image_size: int | None = None

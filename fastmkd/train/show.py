@@ -1,6 +1,7 @@
 """``fastmkd show RUN``: pictures of a run.
 
-Without an option, what its method has to show for some test pictures: input, saliency, kept patches. --over-training
+Without an option, what its method has to show for some test pictures: input, saliency, kept patches; of a detector the
+true boxes and those it finds. --over-training
 draws the same few pictures as training went on, --answers what teacher and student say, --accuracy-against-kept
 compares runs that kept different shares of the patches (MaskedKD, Fig. 2).
 """
@@ -26,22 +27,27 @@ from .recipe import load_recipe, recipe_from_dict
 from .rundir import RunDir
 from .schema import Recipe
 from .sheet import draw_sheet, spread, to_pixels
+from .show_boxes import show_boxes
 
 __all__ = ["main", "open_recipe", "sheet_of", "show"]
 
 
-def show(recipe: Recipe, out: str | Path, count: int = 8) -> None:
+def show(recipe: Recipe, out: str | Path, count: int = 8, score: float = 0.3) -> None:
     """Draws the pictures of a recipe's method with the trained student of its run.
 
     Args:
         recipe: of a finished run.
         out: PNG (or PDF, SVG) to write.
         count: how many test pictures, spread over the classes.
+        score: of a detector, least score of a box that is drawn.
 
     Raises:
         UserError: the run has not finished, or no test picture can be read.
     """
     setup = open_run(recipe)
+    if setup.source.task == "detection":
+        show_boxes(setup, out, count, score)
+        return
     draw_sheet(*sheet_of(setup, count), out, title=f"{recipe.name}: {type(setup.method).__name__}")
 
 
@@ -89,6 +95,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", help="file to write: .png, .pdf or .svg; named after the kind of picture")
     parser.add_argument("--count", type=int, help="how many pictures to show: 8, with the first two options 4")
     parser.add_argument("--pictures", type=int, help="how many to measure the teacher's accuracy on; all")
+    parser.add_argument("--score", type=float, default=0.3, help="of a detector, least score of a box that is drawn")
     arguments, options = parser.parse_known_args(list(argv))
     for name in ("count", "pictures"):
         if (value := getattr(arguments, name)) is not None and value < 1:
@@ -109,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
             show_answers(open_run(recipe), out, arguments.count or 4)
         else:
             out = arguments.out or "show.png"
-            show(recipe, out, arguments.count or 8)
+            show(recipe, out, arguments.count or 8, arguments.score)
     sys.stdout.write(f"wrote {out}\n")
     return 0
 

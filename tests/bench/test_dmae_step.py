@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -9,6 +12,7 @@ from torch import nn
 
 from fastmkd.bench.cases import dmae_step
 from fastmkd.bench.registry import Setting
+from fastmkd.bench.targets import TARGETS
 from fastmkd.bench.verify import Oracle
 
 CPU = torch.device("cpu")
@@ -37,6 +41,44 @@ def test_all_ways_agree(dtype: str, percent: int) -> None:
         oracle = Oracle(case.variants)
         assert all(oracle.judge(variant).ok for variant in case.variants), case.panel
         assert {"public code", "fastmkd"} <= {variant.name for variant in case.variants}
+
+
+def test_targets_are_measured() -> None:
+    """Every panel, label and variant that a target names is one that the benchmarks make."""
+    mine = [target for target in TARGETS if target.benchmark.startswith("dmae_")]
+    assert len(mine) == 9
+    made = {True: set(), False: set()}  # of a GPU and of a CPU
+    for gpu, found in made.items():
+        setting = SimpleNamespace(quick=False, on_gpu=gpu)
+        grid = dmae_step._grid(setting)  # type: ignore[arg-type]
+        found |= {(g["student"], g["teacher"], f"{g['percent']} % hidden", g["batch"]) for g in grid}
+    for target in mine:
+        panels = {
+            "dmae_step": [(f"{s} from {t}, batch {b}", label) for s, t, label, b in made[target.gpu]],
+            "dmae_teacher": [(f"{t}, layer 18, batch {b}", label) for _, t, label, b in made[target.gpu]],
+        }[target.benchmark]
+        assert any(panel.startswith(target.panel) and label == target.label for panel, label in panels), target.sentence
+        assert not target.over or any(label == target.over for _, label in panels)
+    case = dmae_step.dmae_step(Setting(CPU, "fp32"), "ViT-S", "ViT-B", 75, 2)
+    names = {variant.name for variant in case.variants}
+    steps = [target for target in mine if not target.gpu and target.benchmark == "dmae_step"]
+    assert {name for target in steps for name in (target.variant, target.against or "fastmkd")} <= names
+
+
+def test_a_target_over_another_case() -> None:
+    target = next(target for target in TARGETS if target.over and not target.gpu)
+    known = {"benchmark": "dmae_step", "dtype": "fp32", "clock": "cpu", "panel": "ViT-B from ViT-L, batch 4"}
+
+    def record(label: str, speed: float, slug: str = "a", **ratio: Any) -> dict[str, Any]:
+        variants = [{"name": "fastmkd", "items_per_second": speed, **ratio}]
+        return {**known, "label": label, "env": {"slug": slug}, "variants": variants}
+
+    few, many = record("95 % hidden", 6.0, ratio={}), record("75 % hidden", 3.0, ratio={})
+    elsewhere, wrong = record("75 % hidden", 1.0, "b", ratio={}), record("75 % hidden", 3.0)
+    assert target.ratio(few, [elsewhere, few, many]) == 2.0
+    assert target.ratio(many, [few, many]) is None
+    assert target.ratio(few, [few, elsewhere]) is None
+    assert target.ratio(few, [few, wrong]) is None
 
 
 def test_the_count_is_the_papers() -> None:

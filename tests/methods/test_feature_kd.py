@@ -10,8 +10,10 @@ from dpk_networks import pictures as four_pictures
 from tiny_vits import kl, tiny
 from torch import Tensor, nn
 
+from fastmkd import MaskedViT
 from fastmkd.methods import FeatureKD
 from fastmkd.methods.baselines import Answers, AttentionTransfer, DecoupledKD, Step
+from fastmkd.methods.feature_alignment import FeatureAlignment
 
 TARGETS = torch.tensor([0, 4, 2])
 
@@ -48,6 +50,28 @@ def test_fitnet():
     out.loss.backward()
     assert [name for name, p in method.named_parameters() if p.grad is None] == []
     assert all(p.grad is None for p in method.teacher.parameters())
+
+
+@pytest.mark.parametrize(("head", "depth"), [("linear", 1), ("mlp2", 2), ("mlp3", 3)])
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_feature_alignment(head, depth, loss):
+    base = {"class_path": "fastmkd.methods.feature_alignment.FeatureAlignment",
+            "init_args": {"head": head, "loss": loss}}  # fmt: skip
+    method = make(tiny(0, img_size=24), tiny(1, img_size=24, embed_dim=32), base=base, layers={"blocks.0": "blocks.1"})
+    images = pictures()
+    out = method(images, TARGETS)
+    (project,) = method.heads.values()
+    s, t = (MaskedViT(network).forward_intermediates(images, [block])[0][:, 1:] for network, block in
+            ((method.student, 0), (method.teacher, 1)))  # fmt: skip
+    assert [part.out_features for part in project if isinstance(part, nn.Linear)] == [32] * depth
+    gap = project(s) - t
+    expected = gap.abs().mean() if loss == "l1" else gap.square().mean()
+    torch.testing.assert_close(out.terms["base"], expected.detach())
+    torch.testing.assert_close(out.loss, out.terms["ce"] + expected)
+    out.loss.backward()
+    assert all(p.grad is not None for p in method.heads.parameters())
+    with pytest.raises(ValueError, match=f"{'head' if loss == 'l1' else 'loss'} is 'best'"):
+        FeatureAlignment(**{"head" if loss == "l1" else "loss": "best"})
 
 
 def test_attention_transfer():

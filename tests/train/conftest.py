@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# importlib mode finds no modules beside the tests (paper_rows, drawn_boxes).
+sys.path.insert(0, str(Path(__file__).parent))
+
 TINY = "{patch_size: 2, embed_dim: 12, depth: 1, num_heads: 3}"
 
 TEACHER = f"""

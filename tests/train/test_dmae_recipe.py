@@ -29,6 +29,7 @@ run: {tensorboard: false, log_every: 1}
 DMAE = MAE.replace("name: mae\n", "name: dmae\n").replace(
     "method:", "teacher: {recipe: mae.yaml, options: {student.kwargs.depth: 3, schedule.epochs: 1}}\nmethod:"
 )
+TUNED = ["--schedule.epochs=1", "--schedule.warmup_epochs=0", "--run.tensorboard=false"]
 SHAPE = {"patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 3, "in_chans": 1, "img_size": 8}
 
 
@@ -76,6 +77,16 @@ def test_train_eval_show_export(dmae, capsys):
     heads = load_file(run / "heads.safetensors")
     assert "decoder.mask_token" in heads
     assert "project.0.2.weight" in heads
+
+    short = [
+        "--schedule.epochs=1",
+        "--schedule.warmup_epochs=0",
+        "--data.label_fraction=0.5",
+        "--run.tensorboard=false",
+    ]
+    for command, options in (("finetune", ["--ema.decay=0.9"]), ("probe", [])):
+        assert main([command, "runs/dmae", *short, *options]) == 0
+        assert "top-1" in capsys.readouterr().out
 
 
 def test_other_weights_are_evaluated(dmae, capsys):
@@ -184,6 +195,27 @@ def test_the_batch_that_broke_the_loss_is_kept(dmae, monkeypatch):
     assert kept["images"].isnan().sum() == 1
     assert torch.equal(kept["images"].nan_to_num(seen[0][0, 0, 0, 0].item()), seen[0])
     assert kept["targets"].shape == (16,)
+
+
+@pytest.mark.parametrize(("name", "term"), [("dmae_dino_fashion_mnist", "dino"), ("dmae_moco_fashion_mnist", "moco")])
+def test_on_dino_and_moco_v3(dmae, capsys, name, term):
+    """The shipped recipes (DMAE, Section 4.8), on few pictures that are always there: with and without alignment."""
+    short = {"data.name": "digits", "data.image_size": 28, "data.batch_size": 16, "data.limit": 32,
+             "schedule.epochs": 1, "schedule.warmup_epochs": 0, "run.tensorboard": False}  # fmt: skip
+    path = Path(__file__).parents[2] / f"recipes/{name}.yaml"
+    options = {**load_recipe(path).teacher.options, **short, "student.kwargs.depth": 4}
+    changes = {**short, "method.init_args.total_updates": 2, "method.init_args.hidden": 16}
+    result = train(load_recipe(path, changes={**changes, "teacher.options": options}))
+    assert {"loss", term, "align"} <= result.keys()
+    assert len(column(dmae / f"runs/{name}", "train.align")) == 1  # logged at the end of the epoch
+    assert result["loss"] == pytest.approx(result[term] + result["align"], rel=1e-5)
+    alone = train(load_recipe(path, changes={**changes, "name": "alone", "teacher": None}))
+    assert "align" not in alone
+    bare = load_file(dmae / f"runs/{name}/model.safetensors")
+    assert bare.keys() == load_file(dmae / "runs/alone/model.safetensors").keys()
+    assert main(["eval", f"runs/{name}"]) == 0
+    assert f" {term} " in capsys.readouterr().out
+    assert main(["probe", f"runs/{name}", *TUNED]) == 0
 
 
 SHIPPED = ["mae_digits", "mae_fashion_mnist", "dmae_digits", "dmae_fashion_mnist", "dmae_vit_base_imagenet"]

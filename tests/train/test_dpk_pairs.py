@@ -35,7 +35,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], dict[str, str]]
 SMALL = {"encoder_depth": 1, "decoder_depth": 1, "width": 8}
 METHODS = {
     "fastmkd.DPK": [SMALL],
-    "fastmkd.methods.FeatureKD": [{"base": base} for base in ("fitnet", "at", "reviewkd", "crd", "crd-batch")],
+    "fastmkd.methods.FeatureKD": [{"base": base} for base in ("fitnet", "at", "reviewkd", "crd", "crd-batch", "align")],
 }
 
 

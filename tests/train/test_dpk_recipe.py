@@ -105,7 +105,7 @@ def test_a_wrong_layer_is_a_sentence(dpk):
         train(load_recipe("dpk.yaml", ["--method.init_args.layers={blocks.7: blocks.0}"]))
 
 
-@pytest.mark.parametrize("base", ["kd", "fitnet", "at", "dkd", "reviewkd", "crd", "crd-batch"])
+@pytest.mark.parametrize("base", ["kd", "fitnet", "at", "dkd", "reviewkd", "crd", "crd-batch", "align"])
 def test_baselines_by_key(dpk, base):
     layers = "layers: {blocks.1: blocks.0}" if base not in ("kd", "dkd") else ""
     method = f"--method={{class_path: fastmkd.methods.FeatureKD, init_args: {{base: {base}, {layers}}}}}"

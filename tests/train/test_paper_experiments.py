@@ -5,47 +5,18 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import timm
-import torch
-from PIL import Image
-from torch import Tensor
+from paper_rows import Step, one_update, prepare, rows_of
 
 from fastmkd.methods.strategies import ExternalSaliency, Random
-from fastmkd.train.accelerator import make_accelerator
-from fastmkd.train.build import Setup, assemble
 from fastmkd.train.checkpoint import save_tensors
-from fastmkd.train.engine import Trainer, train
-from fastmkd.train.meter import Meter
-from fastmkd.train.recipe import load_recipe
-from fastmkd.train.rundir import RunDir
 
-ROOT = Path(__file__).parents[2]
-SECTION = (ROOT / "docs/maskedkd.md").read_text().split("## The paper's experiments")[1].split("\n## ")[0]
-ROWS = dict(re.findall(r"^\|( .*? \| .*? )\| `(--.*)` \|$", SECTION, re.MULTILINE))
-RECIPE = ROOT / re.search(r"recipes/\w+\.yaml", SECTION)[0]
+ROWS = rows_of("docs/maskedkd.md")
 TINY = {"embed_dim": 12, "depth": 12, "num_heads": 3}
 PATCHES, HALF = 196, 98
-
-
-@dataclass
-class Step:
-    """What one update did: shapes of what the teacher's blocks got, what the method got, which parameters changed."""
-
-    setup: Setup
-    tokens: list[tuple[int, ...]]
-    images: Tensor
-    targets: Tensor
-    changed: set[str]
-
-    @property
-    def method(self) -> Any:
-        return self.setup.method
 
 
 def seen(step: Step) -> int:
@@ -83,59 +54,21 @@ CHECKS: dict[str, Callable[[Step], bool]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Pictures of two classes, and a timm whose networks are tiny and never downloaded."""
-    noise = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in ("cat", "dog"):
-            (tmp_path / "pictures" / part / name).mkdir(parents=True)
-            for i in range(4):
-                picture = Image.fromarray(noise.integers(0, 255, (40, 48, 3), dtype=np.uint8))
-                picture.save(tmp_path / "pictures" / part / name / f"{i}.png")
-    real = timm.create_model
-
-    def create_model(name, pretrained=False, **kwargs):
-        return real(name, **{**TINY, **kwargs})
-
-    monkeypatch.setattr(timm, "create_model", create_model)
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    save_tensors("dino.safetensors", create_model("vit_small_patch16_224", num_classes=0).state_dict())
+    prepare(tmp_path, monkeypatch, lambda _name: TINY)
+    save_tensors("dino.safetensors", timm.create_model("vit_small_patch16_224", num_classes=0).state_dict())
     return tmp_path
-
-
-def one_update(options: list[str]) -> Step:
-    fixed = ["--data.root=pictures", "--data.batch_size=4", "--data.workers=0", "--run.device=cpu", "--run.root=runs"]
-    recipe = load_recipe(RECIPE, [*fixed, "--schedule.warmup_epochs=0", *options])
-    setup = assemble(recipe, train)
-    trainer = Trainer(setup, make_accelerator(recipe), RunDir(recipe.run_dir))
-    tokens: list[tuple[int, ...]] = []
-    got: list[tuple[Tensor, Tensor]] = []
-    if setup.teacher is not None:
-        for block in setup.teacher.blocks:
-            block.norm1.register_forward_hook(lambda _m, args, _out: tokens.append(tuple(args[0].shape)))
-    setup.method.register_forward_pre_hook(lambda _m, args: got.append(args))
-    before = {name: p.detach().clone() for name, p in setup.student.named_parameters()}
-    setup.method.train()
-    meter = Meter(trainer.accelerator)
-    trainer._update(trainer.loader.batches(trainer.plan(0)), meter)
-    values, _ = meter.flush()
-    assert values
-    assert all(np.isfinite(list(values.values()))), values
-    assert values.get("kd", 1) > 0
-    changed = {name for name, p in setup.student.named_parameters() if not torch.equal(p, before[name])}
-    return Step(setup, tokens, *got[0], changed)
 
 
 def test_the_table_is_read():
     assert len(ROWS) >= 20
     for part in CHECKS:
-        assert any(part in options for options in ROWS.values()), part
+        assert any(part in options for _, options in ROWS.values()), part
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: re.sub(r"\W+", " ", row).strip())
 def test_a_line_of_the_table(folder, row):
-    options = ROWS[row]
-    step = one_update(shlex.split(options))
+    recipe, options = ROWS[row]
+    step = one_update(recipe, shlex.split(options))
     checks = {part: check for part, check in CHECKS.items() if part in options}
     assert checks
     for part, check in checks.items():

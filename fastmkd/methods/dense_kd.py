@@ -1,0 +1,134 @@
+"""The methods that MKD is compared with, behind one class: a task's own loss and a `DenseBase` over the same levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import DistillOutput
+from .choices import choose
+from .dense_bases import CWD, DPKFGD, FGD, MGD, DenseBase, DenseStep, Hint
+from .dense_checks import check_detection_batch
+from .dense_method import DenseMethod
+from .task_loss import task_loss
+from .teacher_call import CompileMode
+
+__all__ = ["DENSE_BASES", "DenseKD"]
+
+# By the name that DenseKD(base=...) and a recipe use.
+DENSE_BASES: dict[str, Callable[[], DenseBase]] = {
+    "mgd": MGD,
+    "fgd": FGD,
+    "dpk": DPKFGD,
+    "fitnet": Hint,
+    "cwd": CWD,
+}
+
+
+class DenseKD(DenseMethod):
+    r"""MGD, FGD, DPK-FGD, FitNet or CWD between any two detectors, segmenters or classifiers, by name.
+
+    The loss is the task's plus ``weight * base``, and ``logits_weight`` times CWD's loss of the maps of class logits.
+
+    Args:
+        student: the network to train.
+        teacher: a network of the same task; frozen in place.
+        base: "mgd", "fgd", "dpk", "fitnet", "cwd", or a `fastmkd.methods.dense_bases.DenseBase` with its options.
+        weight: of the base; None takes its usual one.
+        logits_weight: of CWD's logit loss.
+        layers: the levels, see `fastmkd.MKD`.
+        logits_temperature: tau of the logit loss.
+        image_size: of the image on which shapes are learnt when the method is made.
+        teacher_device: keeps the teacher on this device.
+        teacher_dtype: runs the teacher under autocast to this dtype; None leaves it to the caller's autocast.
+        teacher_compile: runs the teacher through ``torch.compile``, see `TeacherCall`.
+
+    Raises:
+        ValueError: an argument out of range, networks or levels that do not belong together, a base that needs boxes
+            without a detector.
+        TypeError: a network, layers or a base of the wrong type.
+
+    Example:
+        >>> import timm
+        >>> nets = [timm.create_model(name, num_classes=10) for name in ("resnet18", "resnet34")]
+        >>> method = DenseKD(*nets, base="mgd", image_size=64)
+        >>> out = method(torch.randn(2, 3, 64, 64), torch.tensor([1, 2]))
+        >>> sorted(out.terms), list(method.heads)
+        (['base', 'ce'], ['adapt', 'generate'])
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        base: str | DenseBase = "mgd",
+        weight: float | None = None,
+        logits_weight: float = 0.0,
+        layers: Mapping[str, str] | None = None,
+        *,
+        logits_temperature: float = 4.0,
+        image_size: int | Sequence[int] | None = None,
+        teacher_device: torch.device | str | None = None,
+        teacher_dtype: torch.dtype | None = None,
+        teacher_compile: bool | CompileMode = False,
+    ) -> None:
+        chosen = choose("base", base, DenseBase, DENSE_BASES)  # type: ignore[type-abstract]
+        weight = chosen.weight if weight is None else weight
+        for name, value in (("weight", weight), ("logits_weight", logits_weight)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; expected a finite number of at least 0.")
+        if not 0 < logits_temperature < math.inf:
+            raise ValueError(f"logits_temperature is {logits_temperature}; expected a finite positive number.")
+        super().__init__(student, teacher, layers, image_size, logits_weight > 0, teacher_device, teacher_dtype,
+                         teacher_compile)  # fmt: skip
+        try:
+            if chosen.needs_boxes and self.form.task != "detection":
+                raise ValueError(f"base {base!r} needs the boxes of a detector, but these are for {self.form.task}.")
+            self.heads.update(chosen.heads(self.levels))
+        except (TypeError, ValueError):
+            self.release()
+            raise
+        self.heads.to(next(student.parameters()).device)
+        self.base, self.weight, self.logits_weight = chosen, float(weight), float(logits_weight)
+        self.logits_temperature, self.epoch = float(logits_temperature), 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells a base with a schedule which epoch begins.
+
+        Args:
+            epoch: from 0.
+        """
+        self.epoch = int(epoch)
+
+    def forward(self, images: Any, targets: Any) -> DistillOutput:
+        """Runs both networks and returns the loss.
+
+        Args:
+            images: as `fastmkd.MKD.forward` takes them.
+            targets: likewise.
+
+        Returns:
+            `DistillOutput` with the terms of the task, ``base``, and ``logits`` if it has a weight.
+
+        Raises:
+            ValueError: images or targets of a wrong size or with wrong values, a detector in eval mode.
+            TypeError: images or targets of the wrong type.
+        """
+        if self.form.task == "detection":
+            check_detection_batch(self.student, images, targets)
+        seen = self.watch_student(images, targets)
+        loss, task, prediction = task_loss(seen.output, targets)
+        taught = self.ask_teacher(seen.images)
+        student = [seen.levels.maps[level.name] for level in self.levels]
+        teacher = [taught.maps[level.teacher] for level in self.levels]
+        step = DenseStep(seen.boxes, (seen.images.shape[2], seen.images.shape[3]), self.epoch)
+        base = self.base.loss(self.heads, student, teacher, step)
+        terms, loss = {**task, "base": base}, loss + self.weight * base
+        if self.logits_weight:
+            terms["logits"] = self.logit_error(seen.levels, taught, self.logits_temperature)
+            loss = loss + self.logits_weight * terms["logits"]
+        return DistillOutput(loss, {name: term.detach() for name, term in terms.items()}, prediction)

@@ -1,0 +1,269 @@
+"""What MKD and the baselines beside it share: two networks with named levels, one batch tensor, a task's own loss."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .base import DistillMethod
+from .dense_checks import check_normalisation
+from .dense_logits import class_maps, head_of
+from .dense_networks import Form, Levels, form_of, pair_levels, probe_levels, read_levels, run_features, stride_of
+from .features import eval_mode, input_shape
+from .mkd_losses import channel_logit_loss
+from .mkd_masking import Sight
+from .teacher_call import CompileMode, TeacherCall
+
+__all__ = ["DenseMethod", "LevelShape", "Seen"]
+
+
+class LevelShape(NamedTuple):
+    """What the heads of a level must know.
+
+    Attributes:
+        name: of the student's level.
+        teacher: the teacher's.
+        stride: pixels between positions.
+        student_channels: C_S.
+        teacher_channels: C_T.
+        size: ``(h, w)`` for the image that was tried.
+    """
+
+    name: str
+    teacher: str
+    stride: int
+    student_channels: int
+    teacher_channels: int
+    size: tuple[int, int]
+
+
+class Seen(NamedTuple):
+    """What the student did with a batch.
+
+    Attributes:
+        output: what its forward returned.
+        images: ``(B, C, H, W)``, what its backbone got: the transformed, padded batch of a detector.
+        levels: of the student.
+        boxes: true boxes of each image in pixels of that batch; None without a detector.
+    """
+
+    output: Any
+    images: Tensor
+    levels: Levels
+    boxes: list[Tensor] | None
+
+
+class DenseMethod(DistillMethod):
+    """Base of methods that compare the levels of two detectors, segmenters or classifiers.
+
+    The student runs once, as ever; what its backbone gets is also what the teacher's gets, so that there is one
+    transform. Of a teacher nothing runs but what makes its levels, unless logits are asked for.
+
+    Args:
+        student: the network to train.
+        teacher: the network to learn from.
+        layers: the levels: the teacher's layer by the student's; None takes those of `form_of`.
+        image_size: of the image on which shapes are learnt; None is right for any network that takes 256 pixels.
+        wants_logits: whether maps of class logits are read too.
+        teacher_device: keeps the teacher on this device.
+        teacher_dtype: runs the teacher under autocast to this dtype; None leaves it to the caller's autocast.
+        teacher_compile: runs the teacher through ``torch.compile``, see `TeacherCall`.
+        backbone: the part of the student that a mask is for; None takes that of `form_of`.
+
+    Attributes:
+        levels: a `LevelShape` for each pair.
+        part_stride: pixels between positions of the coarsest map that the part makes.
+
+    Raises:
+        ValueError: networks of different tasks, or whose levels do not belong together.
+        TypeError: networks or layers of the wrong type.
+    """
+
+    tasks = ("classification", "detection", "segmentation")
+    form: Form
+    levels: list[LevelShape]
+    part_stride: int
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        layers: Mapping[str, str] | None,
+        image_size: int | Sequence[int] | None,
+        wants_logits: bool,
+        teacher_device: torch.device | str | None,
+        teacher_dtype: torch.dtype | None,
+        teacher_compile: bool | CompileMode,
+        backbone: str | None = None,
+    ) -> None:
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher is a {type(teacher).__name__}; expected a torch.nn.Module.")
+        teacher_call = TeacherCall(_observe_teacher, teacher_dtype, teacher_compile)
+        super().__init__(student, teacher, teacher_device=teacher_device)
+        self._teacher_call, self.wants_logits = teacher_call, wants_logits
+        try:
+            self.form, self._teacher_form = form_of(student, "student"), form_of(teacher, "teacher")
+            if backbone is not None:
+                if backbone not in dict(student.named_modules()):
+                    raise ValueError(f"backbone is {backbone!r}; the student has no module of that name.")
+                self.form = self.form._replace(part=backbone)
+            if self.form.task != self._teacher_form.task:
+                raise ValueError(
+                    f"student is made for {self.form.task} but teacher for {self._teacher_form.task}; both must do the "
+                    "same."
+                )
+            check_normalisation(student, teacher)
+            if wants_logits:
+                for role, network, form in (("student", student, self.form), ("teacher", teacher, self._teacher_form)):
+                    head_of(network, form, role)
+            self.levels = self._find_levels(student, teacher, layers, image_size)
+        except (TypeError, ValueError):
+            self.release()
+            raise
+
+    def unreachable_parameters(self, student: nn.Module) -> Iterable[str]:
+        """Names what a segmenter's encoder has beyond the stages that are used, such as the last of a PSPNet's.
+
+        Args:
+            student: the student, as passed.
+        """
+        form = form_of(student, "student")
+        if form.task != "segmentation":
+            return ()
+        part: nn.Module = student.get_submodule(form.part)
+        weight = next(part.parameters())
+        images = weight.new_zeros(1, input_shape(part, 64)[0], 64, 64)
+        named = {
+            name: p for name, p in student.named_parameters() if name.startswith(f"{form.part}.") and p.requires_grad
+        }
+        with eval_mode(part), torch.enable_grad():
+            maps, _ = torch.utils._pytree.tree_flatten(part(images))
+            total = torch.stack([x.sum() for x in maps]).sum()
+        found = torch.autograd.grad(total, list(named.values()), allow_unused=True) if total.requires_grad else ()
+        return [name for name, gradient in zip(named, found, strict=bool(found)) if gradient is None]
+
+    def _find_levels(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        layers: Mapping[str, str] | None,
+        image_size: int | Sequence[int] | None,
+    ) -> list[LevelShape]:
+        if layers is None:
+            if not self.form.layers or len(self.form.layers) != len(self._teacher_form.layers):
+                raise ValueError("which levels to compare is not known for these networks; name them as layers.")
+            layers = dict(zip(self.form.layers, self._teacher_form.layers, strict=True))
+        if not isinstance(layers, Mapping) or not all(
+            isinstance(name, str) for pair in layers.items() for name in pair
+        ):
+            raise TypeError(f"layers is {layers!r}; expected names as in {{'layer4': 'layer4'}}, student: teacher.")
+        if not layers:
+            raise ValueError("layers is empty; name at least one pair of layers, {student: teacher}.")
+        # The part too: how coarse its maps are decides what a mask may be.
+        part = [self.form.part] if self.form.part else []
+        of_student, size = probe_levels(student, self.form, "student", [*layers, *part], image_size)
+        of_teacher, _ = probe_levels(teacher, self._teacher_form, "teacher", list(layers.values()), size)
+        found = []
+        for own, other in pair_levels(layers, of_student, of_teacher).items():
+            s, t = of_student[own], of_teacher[other]
+            found.append(LevelShape(own, other, stride_of(size, s), s.shape[1], t.shape[1], (t.shape[2], t.shape[3])))
+        made = [x for name, x in of_student.items() if self.form.part and name.partition(":")[0] == self.form.part]
+        self.part_stride = max([stride_of(size, x) for x in made] or [level.stride for level in found])
+        return found
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """The teacher's level by the student's."""
+        return {level.name: level.teacher for level in self.levels}
+
+    def watch_student(self, images: Any, targets: Any, sight: Sight | None = None) -> Seen:
+        """Runs the student once and reads its levels; hooks live for this call.
+
+        Args:
+            images: as in ``forward``.
+            targets: as in ``forward``; only a detector looks at them.
+            sight: of the masked backbone in whose context this happens, or None.
+        """
+        form, found = self.form, dict[str, Tensor]()
+        entered: list[Tensor] = []
+        said: list[Any] = []
+        sizes: list[tuple[int, int]] = []
+        boxes: list[Tensor] = []
+
+        def enter(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            entered.append(args[0])
+
+        def measure(_module: nn.Module, _args: Any, pyramid: Any) -> None:
+            sizes.extend((x.shape[2], x.shape[3]) for x in pyramid.values())
+
+        def locate(_module: nn.Module, _args: Any, transformed: Any) -> None:
+            boxes.extend(target["boxes"] for target in transformed[1] or ())
+
+        with contextlib.ExitStack() as stack:
+            part = self.student.get_submodule(form.part)
+            stack.callback(part.register_forward_pre_hook(enter, prepend=True).remove)
+            if form.task == "detection":
+                transform: Any = self.student.get_submodule("transform")
+                stack.callback(transform.register_forward_hook(locate).remove)
+            if self.wants_logits and form.task == "detection":
+                features, head = self.student.get_submodule(form.features), head_of(self.student, form, "student")
+                stack.callback(features.register_forward_hook(measure).remove)
+                stack.callback(head.register_forward_hook(lambda _m, _a, out: said.append(out)).remove)
+            stack.enter_context(read_levels(self.student, list(self.layers), found, self.densify(sight)))
+            output = self.student(images, targets) if form.task == "detection" else self.student(images)
+        if self.wants_logits and form.task == "segmentation":
+            said.append(output)
+        logits = class_maps(said[0], sizes) if said else []
+        return Seen(output, entered[0], Levels(found, logits), boxes if form.task == "detection" else None)
+
+    def densify(self, sight: Sight | None) -> Callable[[str, Any], Any]:
+        """Returns what makes a dense map of a level that is read inside the masked part, of the image's own size.
+
+        Args:
+            sight: what the part saw, or None.
+        """
+        part = self.form.part
+        inside = f"{part}." if part else ""
+
+        def dense(name: str, x: Any) -> Any:
+            return x if sight is None or name == part or not name.startswith(inside) else sight.dense(x)
+
+        return dense
+
+    def ask_teacher(self, images: Tensor) -> Levels:
+        """Returns the teacher's levels, constants, on the device of the images.
+
+        Args:
+            images: ``(B, C, H, W)``, what the student's backbone got.
+        """
+        names = [level.teacher for level in self.levels]
+        return self._teacher_call(self.teacher, images, self._teacher_form, names, self.wants_logits)
+
+    def logit_error(self, student: Levels, teacher: Levels, temperature: float) -> Tensor:
+        """Returns CWD's loss of the maps of class logits, summed over levels.
+
+        Args:
+            student: gradients flow here.
+            teacher: a constant.
+            temperature: tau.
+        """
+        pairs = zip(student.logits, teacher.logits, strict=True)
+        return torch.stack([channel_logit_loss(s, t, temperature) for s, t in pairs]).sum()
+
+
+def _observe_teacher(network: nn.Module, images: Tensor, form: Form, layers: Sequence[str], logits: bool) -> Levels:
+    """Runs what makes the levels, and with logits also what makes these."""
+    found: dict[str, Tensor] = {}
+    with read_levels(network, layers, found):
+        if not logits:
+            run_features(network, form, images)
+            return Levels(found, [])
+        if form.task == "segmentation":
+            return Levels(found, class_maps(network(images), []))
+        pyramid = list(run_features(network, form, images).values())
+        said = head_of(network, form, "teacher")(pyramid)
+        return Levels(found, class_maps(said, [(x.shape[2], x.shape[3]) for x in pyramid]))

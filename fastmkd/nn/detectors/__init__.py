@@ -1,0 +1,14 @@
+"""Detectors on any backbone with a feature pyramid; needs torchvision, which nothing else in `fastmkd.nn` does."""
+
+from .body import Backbone, TimmBody, TorchvisionBody, build_body, frozen_parts
+from .build import DETECTORS, build_detector
+
+__all__ = [
+    "DETECTORS",
+    "Backbone",
+    "TimmBody",
+    "TorchvisionBody",
+    "build_body",
+    "build_detector",
+    "frozen_parts",
+]

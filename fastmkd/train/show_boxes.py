@@ -1,0 +1,95 @@
+"""``fastmkd show RUN`` for a detector: test pictures with their true boxes, and with those that it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .build import Setup
+from .errors import UserError
+from .loading import Loader
+from .sheet import new_figure, save_figure, spread
+from .tasks import task_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["figure_of_boxes", "show_boxes"]
+
+COLOURS = (
+    "#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe", "#008080",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def show_boxes(setup: Setup, out: str | Path, count: int = 8, score: float = 0.3) -> None:
+    """Draws test pictures, spread over the classes of their largest boxes.
+
+    Args:
+        setup: with a trained detector.
+        out: PNG (or PDF, SVG) to write.
+        count: how many pictures.
+        score: least score of a found box that is drawn.
+
+    Raises:
+        UserError: no picture can be read.
+    """
+    source, recipe, task = setup.source, setup.recipe, task_of(setup.source)
+    loader = Loader(source.test, recipe.data, None, source.image_size, torch.device("cpu"), recipe.seed, task)
+    batch = next(loader.batches([spread(source.test.labels, count)]), None)
+    if batch is None:
+        raise UserError("none of the test pictures to show can be read.")
+    images, targets = task.finisher(source)(batch.images, batch.targets)
+    found = setup.student.eval()(images)
+    figure = figure_of_boxes(images, targets, found, source.classes, score)
+    figure.suptitle(f"{recipe.name}: {recipe.student.name}", fontsize=12, fontweight="bold")
+    save_figure(figure, out)
+
+
+def figure_of_boxes(
+    images: Sequence[Tensor],
+    targets: Sequence[dict[str, Tensor]],
+    found: Sequence[dict[str, Tensor]],
+    classes: Sequence[str],
+    score: float = 0.3,
+) -> Figure:
+    """Draws a column per picture: above with its true boxes (crowds dashed), below with those found.
+
+    Args:
+        images: ``(3, H, W)`` in [0, 1] each.
+        targets: with ``boxes``, ``labels`` and ``iscrowd``.
+        found: with ``boxes``, ``labels`` and ``scores``.
+        classes: names; label 1 is the first.
+        score: least score of a found box that is drawn.
+    """
+    figure = new_figure(2.2 * len(images) + 0.8, 4.8)
+    axes = figure.subplots(2, len(images), squeeze=False)
+    for column, (image, true, said) in enumerate(zip(images, targets, found, strict=True)):
+        for cell in axes[:, column]:
+            cell.imshow(image.permute(1, 2, 0).cpu().numpy(), vmin=0, vmax=1, interpolation="nearest")
+            cell.set(xticks=[], yticks=[])
+        for box, label, crowd in zip(true["boxes"], true["labels"], true["iscrowd"], strict=True):
+            _draw(axes[0][column], box, int(label), classes[int(label) - 1], "--" if crowd else "-")
+        sure = said["scores"] >= score
+        for box, label, value in zip(said["boxes"][sure], said["labels"][sure], said["scores"][sure], strict=True):
+            _draw(axes[1][column], box, int(label), f"{classes[int(label) - 1]} {value:.2f}", "-")
+    for row, title in enumerate(("true", f"found,\nscore from {score:g}")):
+        axes[row][0].set_ylabel(title, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
+    return figure
+
+
+def _draw(cell: Axes, box: Tensor, label: int, text: str, line: Any) -> None:
+    from matplotlib.patches import Rectangle
+
+    x0, y0, x1, y1 = box.tolist()
+    colour = COLOURS[(label - 1) % len(COLOURS)]
+    cell.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.3, linestyle=line))
+    cell.text(
+        x0, y0, text, fontsize=6, color="black", va="bottom", clip_on=True,
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
+    )  # fmt: skip

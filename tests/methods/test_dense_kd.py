@@ -1,0 +1,131 @@
+"""The methods beside MKD, each against its paper's formula, on detectors, segmenters and classifiers."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from dense_nets import Segmenter, batch, detector, teacher_of
+
+import fastmkd
+from fastmkd.methods.dense_bases import CWD, DPKFGD, FGD, MGD
+from fastmkd.methods.fgd import attention_weights, box_masks, imitation_loss
+
+SMALL_DPK = {"encoder_depth": 1, "decoder_depth": 1, "width": 16}
+
+
+def levels_of(method, images):
+    batched = method.student.transform(images)[0].tensors
+    with torch.no_grad():
+        return [list(network.backbone(batched).values()) for network in (method.student, method.teacher)]
+
+
+def make(base, **options):
+    torch.manual_seed(0)
+    return fastmkd.DenseKD(detector(), teacher_of(), base=base, **options)
+
+
+def test_fitnet_by_hand():
+    method, (images, targets) = make("fitnet", weight=0.5), batch()
+    out = method(images, targets)
+    student, teacher = levels_of(method, images)
+    adapt = method.heads["adapt"]
+    expected = sum(F.mse_loss(layer(s), t) for layer, s, t in zip(adapt, student, teacher, strict=True))
+    torch.testing.assert_close(out.terms["base"], expected.detach())
+    task = out.terms["classification"] + out.terms["bbox_regression"]
+    torch.testing.assert_close(out.loss, task + 0.5 * out.terms["base"])
+
+
+def test_cwd_by_hand():
+    method, (images, targets) = make(CWD(temperature=2.0)), batch()
+    out = method(images, targets)
+    total = 0.0
+    for layer, s, t in zip(method.heads["adapt"], *levels_of(method, images), strict=True):
+        p, q = ((x.flatten(2) / 2).softmax(2) for x in (t, layer(s)))
+        total += 4 * (p * (p.log() - q.log())).sum() / (p.shape[0] * p.shape[1])
+    torch.testing.assert_close(out.terms["base"], total.detach(), rtol=1e-4, atol=1e-6)
+    assert method.weight == 50
+
+
+def test_mgd_by_hand():
+    method, (images, targets) = make(MGD(mask_ratio=0.0)), batch()
+    out = method(images, targets)
+    total = 0.0
+    for layer, generate, s, t in zip(
+        method.heads["adapt"], method.heads["generate"], *levels_of(method, images), strict=True
+    ):
+        total += (generate(layer(s)) - t).square().sum() / 2
+    torch.testing.assert_close(out.terms["base"], total.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_mgd_hides_its_share_of_positions():
+    method = make(MGD(mask_ratio=0.75))
+    kept = []
+    method.heads["generate"][0].register_forward_pre_hook(lambda _m, args: kept.append((args[0] != 0).any(1)))
+    torch.manual_seed(0)
+    for _ in range(4):
+        method(*batch())
+    share = torch.stack(kept).float().mean()
+    assert 0.2 < share < 0.3  # 4 x 2 x 144 draws: three deviations are 0.04
+
+
+def test_fgd_by_hand():
+    method, (images, targets) = make(FGD(1e-2, 2e-2, 3e-2, 4e-4)), batch()
+    for blocks in method.heads["relation"]:
+        for block in (blocks.student, blocks.teacher):
+            torch.nn.init.normal_(block.transform[-1].weight, std=0.2)
+    out = method(images, targets)
+    total = 0.0
+    boxes = [target["boxes"] for target in targets]  # images keep their size here
+    imitation = method.heads["imitation"]
+    for adapt, relation, s, t in zip(
+        imitation.levels, method.heads["relation"], *levels_of(method, images), strict=True
+    ):
+        s = adapt(s)
+        total = total + imitation_loss(s, t, *box_masks(boxes, (96, 96), t.shape[2:]), 1e-2, 2e-2)
+        (ss, sc), (ts, tc) = attention_weights(s), attention_weights(t)
+        total = total + 3e-2 * ((ss - ts).abs().sum() + (sc - tc).abs().sum()) / 2
+        total = total + 4e-4 * (relation.student(s) - relation.teacher(t)).square().sum() / 2
+    torch.testing.assert_close(out.terms["base"], total.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", ["mgd", "fgd", DPKFGD(ratio=0.5, **SMALL_DPK), "fitnet", "cwd"])
+@pytest.mark.parametrize("kind", ["retinanet", "faster_rcnn"])
+def test_gradients_reach_everything(base, kind):
+    torch.manual_seed(0)
+    method = fastmkd.DenseKD(detector(kind), teacher_of(kind), base=base, logits_weight=1.0)
+    method.set_epoch(1)
+    out = method(*batch())
+    out.loss.backward()
+    assert {"base", "logits"} < set(out.terms)
+    assert out.loss.isfinite()
+    missing = [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    student = method.release()
+    assert all(p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.parametrize("base", ["mgd", "fitnet", "cwd"])
+def test_segmenters_and_classifiers(base):
+    method = fastmkd.DenseKD(Segmenter(), Segmenter((4, 8, 8, 12), seed=1), base=base)
+    out = method(torch.rand(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))
+    out.loss.backward()
+    assert sorted(out.terms) == ["base", "ce"]
+    narrow = {"num_classes": 5, "layers": (1, 1, 1, 1), "channels": (4, 4, 8, 8)}
+    nets = [timm.create_model("resnet18", **narrow) for _ in range(2)]
+    out = fastmkd.DenseKD(*nets, base=base, image_size=64)(torch.rand(2, 3, 64, 64), torch.tensor([1, 2]))
+    out.loss.backward()
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="base is 'fdg'; available are 'mgd', 'fgd', 'dpk', 'fitnet', 'cwd'"):
+        make("fdg")
+    with pytest.raises(ValueError, match="needs the boxes of a detector, but these are for segmentation"):
+        fastmkd.DenseKD(Segmenter(), Segmenter(seed=1), base="fgd")
+    with pytest.raises(ValueError, match="weight is -1"):
+        make("mgd", weight=-1)
+    with pytest.raises(ValueError, match="logits_temperature is 0"):
+        make("mgd", logits_temperature=0)
+    with pytest.raises(ValueError, match="mask_ratio is 1"):
+        MGD(mask_ratio=1.0)
