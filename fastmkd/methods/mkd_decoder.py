@@ -100,15 +100,25 @@ class AdaptiveDecoder(nn.Module):
             visible: ``(B, gh, gw)`` bool.
         """
         grid = (visible.shape[1], visible.shape[2])
-        aligned = self.phi(level)  # (B, width, h, w)
-        if self.patch > 1:
-            aligned = self.sam(_fill(aligned, (grid[0] * self.patch, grid[1] * self.patch)))
-        elif aligned.shape[2:] != grid:
-            aligned = F.interpolate(aligned, grid, mode="nearest")
-        tokens = aligned.permute(0, 2, 3, 1)  # (B, gh, gw, width)
+        tokens = self._aligned(level, grid).permute(0, 2, 3, 1)  # (B, gh, gw, width)
         if self.mask_token is not None:
             tokens = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
         return (tokens + resample(self.position, grid, "linear").to(tokens.dtype)).flatten(1, 2)
+
+    def _aligned(self, level: Tensor, grid: Size) -> Tensor:
+        """SAM of phi of the level, ``(B, width, gh, gw)``."""
+        if self.patch == 1:
+            aligned: Tensor = self.phi(level)
+            return aligned if aligned.shape[2:] == grid else F.interpolate(aligned, grid, mode="nearest")
+        size = (grid[0] * self.patch, grid[1] * self.patch)
+        if level.shape[2:] != size or len(level) * grid[0] * grid[1] <= self.phi.out_channels:
+            aligned = self.sam(_fill(self.phi(level), size))
+            return aligned
+        # Nothing but sums stands between the two: one convolution does both, and the level is not written again. With
+        # fewer tokens than channels the product of the weights costs more than it saves.
+        weight = torch.einsum("omyx,mi->oiyx", self.sam.weight, self.phi.weight[:, :, 0, 0])
+        bias = self.sam.bias + self.sam.weight.sum((2, 3)) @ self.phi.bias
+        return F.conv2d(level, weight, bias, self.patch)
 
     def to_map(self, rows: Tensor, grid: Size, size: Size) -> Tensor:
         """Puts a token's positions where they belong.
