@@ -173,7 +173,13 @@ def samples(device: str, dtype: torch.dtype) -> list[Sample]:
 
 def bad_inputs() -> list[BadInput]:
     rows, t, q = torch.zeros(2, 6, 20), torch.zeros(2, 5, 4, 6), torch.zeros(2, 5)
-    log_sums, g, gd, gc, k = torch.zeros(2, 2), torch.zeros(()), torch.zeros(2, 5), torch.zeros(2, 2, 5), torch.ones(2, 2)
+    log_sums, g, gd, gc, k = (
+        torch.zeros(2, 2),
+        torch.zeros(()),
+        torch.zeros(2, 5),
+        torch.zeros(2, 2, 5),
+        torch.ones(2, 2),
+    )
     return [
         BadInput("rows_shape", (rows[:, 1:].clone(), t, q, log_sums, g, gd, gc, k, 2), ValueError, "rows has shape"),
         BadInput("teacher_dtype", (rows, t.double(), q, log_sums, g, gd, gc, k, 2), TypeError, "teacher has dtype"),
