@@ -30,8 +30,8 @@ COMMANDS = {
 
 # Packages of the extra [train], by the name they are imported under.
 EXTRAS = {
-    "accelerate", "jsonargparse", "matplotlib", "pycocotools", "rich", "safetensors", "sklearn", "tensorboard",
-    "torchvision", "yaml",
+    "accelerate", "jsonargparse", "matplotlib", "pycocotools", "rich", "safetensors",
+    "segmentation_models_pytorch", "sklearn", "tensorboard", "torchmetrics", "torchvision", "yaml",
 }  # fmt: skip
 
 

@@ -8,12 +8,13 @@ keys in their state dicts.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["SEGMENTERS", "build_segmenter"]
+__all__ = ["SEGMENTERS", "build_segmenter", "encoder_of", "names_of_timm"]
 
 # Name: (package, class). PSPNet and DeepLabV3 are those of MKD's segmentation tables.
 SEGMENTERS = {
@@ -70,6 +71,41 @@ def build_segmenter(
     model = make(kind, encoder, num_classes, in_channels, pretrained, **kwargs)
     model.num_classes = num_classes
     return model
+
+
+def encoder_of(model: Any) -> nn.Module | None:
+    """Returns the part of a segmenter that was a classifier; None if `model` is not a segmenter.
+
+    Args:
+        model: any network.
+    """
+    if hasattr(model, "segmentation_head"):
+        encoder: nn.Module = model.encoder
+        return encoder
+    return model.backbone if hasattr(model, "backbone") and hasattr(model, "classifier") else None
+
+
+def names_of_timm(own: Iterable[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gives weights of a classifier the names that they have in an encoder; what the encoder lacks is left out.
+
+    Args:
+        own: names in the encoder.
+        weights: by the classifier's names.
+
+    Example:
+        >>> import torch
+        >>> list(names_of_timm(["model.stages_0.conv.weight"], {"stages.0.conv.weight": torch.zeros(1)}))
+        ['model.stages_0.conv.weight']
+    """
+    named = {}
+    for name in own:
+        layer, _, rest = name.removeprefix("model.").partition(".")
+        # timm makes stages_0 of stages.0 where it takes a network apart.
+        for theirs in (f"{layer}.{rest}", f"{'.'.join(layer.rsplit('_', 1))}.{rest}"):
+            if theirs in weights:
+                named[name] = weights[theirs]
+                break
+    return named
 
 
 class _AnySize:
