@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
@@ -106,15 +108,14 @@ class AdaptiveDecoder(nn.Module):
             tokens = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
         return (tokens + resample(self.position, grid, "linear").to(tokens.dtype)).flatten(1, 2)
 
-    def _aligned(self, level: Tensor, grid: Size) -> Tensor:
+    def _aligned(self, level: Tensor, grid: Size) -> Any:
         """SAM of phi of the level, ``(B, width, gh, gw)``."""
         if self.patch == 1:
-            aligned: Tensor = self.phi(level)
+            aligned = self.phi(level)
             return aligned if aligned.shape[2:] == grid else F.interpolate(aligned, grid, mode="nearest")
         size = (grid[0] * self.patch, grid[1] * self.patch)
         if level.shape[2:] != size or len(level) * grid[0] * grid[1] <= self.phi.out_channels:
-            aligned = self.sam(_fill(self.phi(level), size))
-            return aligned
+            return self.sam(_fill(self.phi(level), size))
         # With fewer tokens than channels the product of the weights costs more than it saves.
         assert isinstance(self.sam, nn.Conv2d)
         weight, bias = fold_pointwise(self.phi, self.sam)
