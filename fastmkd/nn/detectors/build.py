@@ -125,8 +125,8 @@ def _retinanet(backbone: Backbone, num_classes: int, anchor_sizes: Sequence[int]
 
 
 def _fcos(backbone: Backbone, num_classes: int, anchor_sizes: Sequence[int] | None, **kwargs: Any) -> nn.Module:
-    if backbone.out_channels % 32:
-        raise ValueError(f"out_channels is {backbone.out_channels}; FCOS normalises in 32 groups: take a multiple.")
+    if backbone.out_channels % 32 or backbone.out_channels < 64:  # on a level of one pixel a group of 1 has no variance
+        raise ValueError(f"out_channels is {backbone.out_channels}; FCOS normalises in 32 groups: take 64, 96, ...")
     anchors = _anchors([[side] for side in anchor_sizes or (8, 16, 32, 64, 128)], (1.0,))
     # 0.05 is FCOS's own threshold; with torchvision's 0.2 a network that is not sure yet finds nothing at all.
     return FCOS(backbone, num_classes + 1, anchor_generator=anchors, **{"score_thresh": 0.05, **kwargs})
