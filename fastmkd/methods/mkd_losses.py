@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import recovered_loss, relation_error
 from .mkd_decoder import AdaptiveDecoder
 
 __all__ = [
@@ -43,6 +44,9 @@ def level_errors(
 ) -> LevelErrors:
     """Returns the errors of one level: SRM's last step, the layer norm of both sides, and both losses.
 
+    They come from one pass over the rows and the teacher's map (`fastmkd.ops.recovered_loss`); only where tokens reach
+    beyond the map, whose size they do not divide, maps are made and compared step by step.
+
     Args:
         decoder: the level's decoder.
         rows: ``(B, gh * gw, p * p * C)`` from it; the gradient flows here.
@@ -56,9 +60,20 @@ def level_errors(
         >>> level_errors(decoder, rows, (2, 2), torch.randn(2, 6, 4, 4), None).feat.shape
         torch.Size([])
     """
-    prediction = normalise(decoder.to_map(rows, grid, (teacher.shape[2], teacher.shape[3])))
-    target = normalise(teacher.detach()).to(prediction.dtype)
-    return LevelErrors(feature_error(prediction, target), None if relation is None else relation(prediction, target))
+    size = (teacher.shape[2], teacher.shape[3])
+    p, teacher = decoder.patch, teacher.detach()
+    if (grid[0] * p, grid[1] * p) != size:
+        if p > 1:  # tokens that reach beyond the map
+            prediction, target = normalise(decoder.to_map(rows, grid, size)), normalise(teacher)
+            related = None if relation is None else relation(prediction, target.to(prediction.dtype))
+            return LevelErrors(feature_error(prediction, target.to(prediction.dtype)), related)
+        rows = decoder.to_map(rows, grid, size).flatten(2).mT  # (B, h * w, C_T)
+    if relation is None:
+        return LevelErrors(recovered_loss(rows, teacher, p).error, None)
+    blocks = (relation.student, relation.teacher)
+    recovered = recovered_loss(rows, teacher, p, torch.cat([block.attend.weight.flatten(1) for block in blocks]))
+    student, taught = (block.added(context) for block, context in zip(blocks, recovered.contexts, strict=True))
+    return LevelErrors(recovered.error, relation_error(recovered, student - taught, size[0] * size[1]))
 
 
 def normalise(features: Tensor) -> Tensor:
@@ -108,7 +123,7 @@ class ContextBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = max(1, channels // 2)
-        self.attend = nn.Conv2d(channels, 1, 1)
+        self.attend = nn.Conv2d(channels, 1, 1, bias=False)  # a softmax does not see a bias
         self.transform = nn.Sequential(
             nn.Conv2d(channels, hidden, 1), nn.LayerNorm((hidden, 1, 1)), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
         )
@@ -123,9 +138,17 @@ class ContextBlock(nn.Module):
             x: ``(B, C, h, w)``.
         """
         share = self.attend(x).flatten(2).softmax(2)  # (B, 1, h * w)
-        context = x.flatten(2) @ share.mT.to(x.dtype)  # (B, C, 1)
-        out: Tensor = x + self.transform(context[..., None])
-        return out
+        context = (x.flatten(2) @ share.mT.to(x.dtype))[..., 0]  # (B, C)
+        return x + self.added(context)[:, :, None, None]
+
+    def added(self, context: Tensor) -> Tensor:
+        """Returns what every position gets, ``(B, C)``.
+
+        Args:
+            context: ``(B, C)``, attention-pooled.
+        """
+        out: Tensor = self.transform(context[:, :, None, None])
+        return out[:, :, 0, 0]
 
 
 class Relation(nn.Module):

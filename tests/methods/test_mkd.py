@@ -93,7 +93,7 @@ def normalised_by_hand(x):
 
 
 def context_by_hand(block, x):
-    share = (x * block.attend.weight[0]).sum(0) + block.attend.bias  # (h, w)
+    share = (x * block.attend.weight[0]).sum(0)  # (h, w)
     share = share.exp() / share.exp().sum()
     return x + block.transform((x * share).sum((1, 2))[None, :, None, None])[0]
 

@@ -1,4 +1,4 @@
-"""``build_detector``: RetinaNet, FCOS and Faster R-CNN of torchvision on any backbone."""
+"""``build_detector``: RetinaNet, FCOS and Faster R-CNN of torchvision, and RepPoints, on any backbone."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from .body import Backbone, build_body
+from .reppoints import RepPoints
 
 __all__ = ["DETECTORS", "build_detector"]
 
@@ -48,7 +49,7 @@ def build_detector(
     ``model.backbone.body`` gives maps and ``model.backbone.fpn`` levels.
 
     Args:
-        name: retinanet, fcos or faster_rcnn (the keys of `DETECTORS`).
+        name: retinanet, fcos, faster_rcnn or reppoints (the keys of `DETECTORS`).
         backbone: see `fastmkd.nn.detectors.build_body`.
         num_classes: without the background, which torchvision counts as class 0.
         image_size: what the shorter side becomes, and the most that the longer one may. A list of shorter sides means
@@ -57,7 +58,7 @@ def build_detector(
         image_std: per channel.
         out_channels: of each level of the pyramid.
         anchor_sizes: side in pixels of the smallest anchor of each of the five levels; None is 32 to 512, for FCOS 8 to
-            128. For FCOS it also says which boxes a level is for, those of 4 to 8 times that side.
+            128. For FCOS it also says which boxes a level is for, those of 4 to 8 times that side. RepPoints has none.
         pretrained: download the backbone's weights of ImageNet.
         frozen_stages: 0 for none, else the backbone's stem and this many stages do not learn.
         norm_eval: batch norms of the backbone keep their running statistics.
@@ -145,6 +146,12 @@ def _faster_rcnn(
     return FasterRCNN(backbone, rpn_anchor_generator=anchors, box_head=head, box_predictor=predictor, **kwargs)
 
 
+def _reppoints(backbone: Backbone, num_classes: int, anchor_sizes: Sequence[int] | None, **kwargs: Any) -> nn.Module:
+    if anchor_sizes is not None:
+        raise ValueError(f"anchor_sizes is {list(anchor_sizes)}, but RepPoints has no anchors; leave it out.")
+    return RepPoints(backbone, num_classes + 1, **kwargs)
+
+
 def _two_more(out_channels: int) -> ExtraFPNBlock:
     return LastLevelP6P7(out_channels, out_channels)
 
@@ -158,4 +165,5 @@ DETECTORS: dict[str, tuple[Callable[..., nn.Module], int, Callable[[int], ExtraF
     "retinanet": (_retinanet, 3, _two_more),
     "fcos": (_fcos, 3, _two_more),
     "faster_rcnn": (_faster_rcnn, 4, _one_more),
+    "reppoints": (_reppoints, 3, _two_more),
 }
