@@ -18,7 +18,7 @@ SMALL = {
     "backbone_kwargs": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)},
     "num_classes": 2,
     "image_size": (64, 96),
-    "out_channels": 32,
+    "out_channels": 64,
 }
 
 
@@ -62,7 +62,7 @@ def test_the_face(name):
     strides = [64 // x.shape[-2] for x in maps.values()]
     assert strides == ([4, 8, 16, 32] if name == "faster_rcnn" else [8, 16, 32])
     assert len(levels) == 5
-    assert {x.shape[1] for x in levels.values()} == {32}
+    assert {x.shape[1] for x in levels.values()} == {64}
     for one, other in zip(model.backbone(batch.tensors).values(), levels.values(), strict=True):
         assert torch.equal(one, other)
 
@@ -163,7 +163,7 @@ def test_a_body_can_be_masked():
         ({"image_size": (64, 32)}, "at most as long"),
         ({"anchor_sizes": [8, 16]}, "expected 5 numbers"),
         ({"frozen_stages": 5}, "frozen_stages is 5; expected 0 to 4"),
-        ({"name": "fcos", "out_channels": 24}, "out_channels is 24; FCOS"),
+        ({"name": "fcos", "out_channels": 32}, "out_channels is 32; FCOS"),
         (
             {"backbone": "mobilenetv3_small_050", "backbone_kwargs": {}, "frozen_stages": 1},
             "timm does not take mobilenetv3_small_050 apart",
