@@ -1,13 +1,13 @@
 """The recovered map against the teacher's: layer-normed squared error and attention-pooled contexts (MKD, Eq. 3 and 4).
 
-With s and t the normalised features at a position (mean 0, variance 1 over the channels), over the positions of an image
+With s and t the normalised features at a position (mean 0, variance 1 over the channels), over positions of an image
 
     error = sum |s - t|^2 / (2 n),  difference = sum s - t,  context = sum softmax(query . s) s,  and likewise of t
 
-A program takes some tiles of BLOCK_P positions by all channels of one image. It reads both maps once: a position of the
-rows is contiguous, one of the teacher's map is contiguous too when that is channels-last, and otherwise neighbouring
-positions are. The softmax is kept as its greatest logit so far, its denominator and its weighted sum. The second kernel,
-one program an image, joins what the programs of the image have written, in their order.
+A program takes some tiles of BLOCK_P positions by all channels of one image and reads both maps once: a position of the
+rows is contiguous, one of the teacher's map too if that is channels-last; otherwise neighbouring positions are. A
+softmax is kept as its greatest logit so far, its denominator and its weighted sum. The second kernel, one program an
+image, joins what the programs of the image have written, in their order.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .launch import AotCase, on_device
 __all__ = ["AOT_CASES", "load_maps", "normalise", "recovered_loss", "tiling"]
 
 TILE = 4096  # elements of a map that a program holds at once
+MOST_POSITIONS = 64  # of a tile
 FULL_GRID = 528  # four programs for each multiprocessor of a large GPU
 MOST_TILES = 8  # of a program, so that what it writes is little
 JOINED = 16  # programs whose sums the second kernel reads at once
@@ -196,8 +197,7 @@ def tiling(batch: int, count: int, channels: int) -> tuple[int, int, dict[str, i
         (64, 4, {'BLOCK_P': 16, 'BLOCK_C': 256})
     """
     block_c = triton.next_power_of_2(channels)
-    block_p = max(1, TILE // block_c) if count >= 16 else min(triton.next_power_of_2(count), max(1, TILE // block_c))
-    block_p = min(block_p, 64)
+    block_p = min(max(1, TILE // block_c), MOST_POSITIONS, triton.next_power_of_2(count))
     all_tiles = triton.cdiv(count, block_p)
     tiles = min(max(batch * all_tiles // FULL_GRID, 1), MOST_TILES)
     tiles = 1 << (tiles.bit_length() - 1)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import DistillOutput, split_heads, supervised_loss
+from .base import DistillOutput
 from .linear_probe import ProbingMethod
+from .task_loss import task_loss
 
 __all__ = ["Supervised"]
 
@@ -18,11 +19,12 @@ class Supervised(ProbingMethod):
     """The task's own loss only; no teacher.
 
     That is cross-entropy for a classifier; one with several heads (a distilled DeiT in training mode) is trained on the
-    mean of theirs. For a detector it is the sum of its losses.
+    mean of theirs. For a segmenter it is the mean over the pixels that count, for a detector the sum of its losses.
 
     Args:
         student: any classifier ``(B, C, H, W)`` -> logits ``(B, K)``, or a tuple of logits; or a detector, which is
-            called with a list of images and a list of targets and returns its losses by name, as torchvision's.
+            called with a list of images and a list of targets and returns its losses by name, as torchvision's; or a
+            segmenter ``(B, C, H, W)`` -> ``(B, K, H, W)``.
         linear_probe: train the classifier only, of a network of timm; the rest is frozen and in eval mode.
         batch_norm: with `linear_probe`, put a batch norm without weights before the classifier (MAE, Appendix A.1); it
             becomes a part of the classifier where the student is saved or released.
@@ -38,7 +40,7 @@ class Supervised(ProbingMethod):
         (['ce'], torch.Size([2, 3]))
     """
 
-    tasks = ("classification", "detection")
+    tasks = ("classification", "detection", "segmentation")
 
     def __init__(self, student: nn.Module, linear_probe: bool = False, batch_norm: bool = False) -> None:
         super().__init__(student, linear_probe=linear_probe, batch_norm=batch_norm)
@@ -48,7 +50,8 @@ class Supervised(ProbingMethod):
 
         Args:
             images: ``(B, C, H, W)`` floating point; a list of ``(3, H, W)`` for a detector.
-            targets: ``(B,)`` int64 class indices or ``(B, K)`` soft labels; a list of dicts for a detector.
+            targets: ``(B,)`` int64 class indices or ``(B, K)`` soft labels; a list of dicts for a detector; for a
+                segmenter ``(B, H, W)`` int64, 255 where a pixel does not count.
 
         Returns:
             `DistillOutput` with the term ``ce``, or one term for each of a detector's losses.
@@ -66,6 +69,5 @@ class Supervised(ProbingMethod):
                 )
             terms = {name: loss.detach() for name, loss in losses.items()}
             return DistillOutput(torch.stack([loss.float() for loss in losses.values()]).sum(), terms, terms)
-        heads = split_heads(self.student(images))
-        loss = supervised_loss(heads, targets)
-        return DistillOutput(loss, {"ce": loss.detach()}, torch.stack(heads).mean(0) if len(heads) > 1 else heads[0])
+        loss, terms, said = task_loss(self.student(images), targets)
+        return DistillOutput(loss, {name: term.detach() for name, term in terms.items()}, said)

@@ -21,6 +21,7 @@ COMMANDS = {
     "cka": ("fastmkd.train.cka_command", "main", "compare the layers of two networks: heat map, curves, CSV"),
     "cost": ("fastmkd.train.cost_command", "main", "count the multiply-adds of student and teacher"),
     "suggest-keep": ("fastmkd.train.suggest_keep", "main", "find how few patches the teacher needs"),
+    "scenes": ("fastmkd.train.scenes_command", "main", "make a small set for detection and segmentation"),
     "demo": ("fastmkd.train.demo", "main", "train teacher and students on digits, end with a table"),
     "bench": ("fastmkd.bench.runner", "main", "run benchmarks"),
     "check": ("fastmkd.ops.check", "main", "test every op against its reference on this device"),
@@ -29,8 +30,8 @@ COMMANDS = {
 
 # Packages of the extra [train], by the name they are imported under.
 EXTRAS = {
-    "accelerate", "jsonargparse", "matplotlib", "pycocotools", "rich", "safetensors", "sklearn", "tensorboard",
-    "torchvision", "yaml",
+    "accelerate", "jsonargparse", "matplotlib", "pycocotools", "rich", "safetensors",
+    "segmentation_models_pytorch", "sklearn", "tensorboard", "torchmetrics", "torchvision", "yaml",
 }  # fmt: skip
 
 

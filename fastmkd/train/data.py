@@ -13,6 +13,7 @@ from torch import Tensor
 from .coco import LAYOUT, open_coco
 from .errors import UserError, shorten
 from .idx import read_idx
+from .mask_pictures import SCENES, MaskSet, open_cityscapes, open_mask_folder, open_scene_masks
 from .pictures import FilePictures, TensorPictures, find_classes
 from .schema import DataRecipe
 from .seeds import generator
@@ -22,6 +23,8 @@ __all__ = ["DATASETS", "DataSource", "load_data"]
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MASK_SIZE = 512  # of training crops
+SCENE_SIZE = 128  # of a canvas of the made set
 SPLIT_SEED = 0  # a split belongs to the data set, not to the run: runs with other seeds must stay comparable
 
 
@@ -295,6 +298,24 @@ def _coco(recipe: DataRecipe) -> DataSource:
     return DataSource(train, test, classes, 3, 800, IMAGENET_MEAN, IMAGENET_STD, "detection", notes)
 
 
+def _segmentation(masks: MaskSet, image_size: int) -> DataSource:
+    """Pictures with the class of each pixel."""
+    return DataSource(*masks, 3, image_size, IMAGENET_MEAN, IMAGENET_STD, "segmentation")
+
+
+def _scenes(recipe: DataRecipe) -> DataSource:
+    """What ``fastmkd scenes`` made: boxes or masks."""
+    if recipe.task not in ("detection", "segmentation"):
+        raise UserError(f"data.task is {recipe.task}; the pictures of scenes are for detection or segmentation.")
+    if recipe.root is None or not (Path(recipe.root) / "train.json").is_file():
+        raise UserError(f"data.root is {recipe.root}, which has no train.json; {SCENES}.")
+    if recipe.task == "segmentation":
+        return _segmentation(open_scene_masks(recipe.root), SCENE_SIZE)
+    source = _coco(recipe)
+    source.image_size = SCENE_SIZE
+    return source
+
+
 def _classes(folder: Path, layout: str) -> list[str]:
     classes = find_classes(folder)
     if not classes:
@@ -309,4 +330,7 @@ DATASETS: dict[str, Callable[[DataRecipe], DataSource]] = {
     "cifar100": _cifar,
     "imagefolder": _image_folder,
     "coco": _coco,
+    "segfolder": lambda recipe: _segmentation(open_mask_folder(recipe.root), MASK_SIZE),
+    "cityscapes": lambda recipe: _segmentation(open_cityscapes(recipe.root), MASK_SIZE),
+    "scenes": _scenes,
 }

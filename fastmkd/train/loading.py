@@ -154,7 +154,10 @@ class Loader:
             yield from self._from_memory(plan, epoch, start)
             return
         self._order.set(plan[start:], epoch)
-        for batch, bad in self._loader:
+        for read in self._loader:
+            if isinstance(read, UserError):
+                raise read
+            batch, bad = read
             self.bad.update(bad)
             if len(batch.numbers):
                 yield moved(batch, self.device)
@@ -226,13 +229,15 @@ class _Readable(Dataset[Any]):
     def __init__(self, pictures: Pictures, read: Reader, seed: int, replace: bool) -> None:
         self.pictures, self.read, self.seed, self.replace = pictures, read, seed, replace
 
-    def __getitem__(self, item: tuple[int, int]) -> _Item:
+    def __getitem__(self, item: tuple[int, int]) -> _Item | UserError:
         epoch, wanted = item
         bad: dict[str, str] = {}
         for offset in range(len(self.pictures) if self.replace else 1):
             index = (wanted + offset) % len(self.pictures)
             try:
                 picture, target = self.pictures.load(index), self.pictures.target(index)
+            except UserError as error:  # the data do not fit together, which leaving a picture out would hide
+                return error
             except Exception as error:  # decoders raise anything: OSError, SyntaxError, ValueError, bomb errors ...
                 bad[self.pictures.where(index)] = f"{type(error).__name__}: {error}"
                 continue
@@ -250,7 +255,11 @@ def _first(bad: dict[str, str]) -> str:
     return f"{reason} ({name})"
 
 
-def _collate(task: Task, items: list[_Item]) -> tuple[Batch, dict[str, str]]:
+def _collate(task: Task, found: list[_Item | UserError]) -> tuple[Batch, dict[str, str]] | UserError:
+    for item in found:
+        if isinstance(item, UserError):
+            return item  # raised in the main process, where no traceback of a worker is added to its sentence
+    items = [item for item in found if isinstance(item, _Item)]
     bad = {name: reason for item in items for name, reason in item.bad.items()}
     good = [(item.image, item.target, item.number) for item in items if item.image is not None]
     images, targets = task.collate([image for image, _, _ in good], [target for _, target, _ in good])

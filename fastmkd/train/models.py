@@ -1,4 +1,4 @@
-"""Networks by name, timm's, those of `fastmkd.nn.cifar` or detectors, and weights from files that cannot run code."""
+"""Networks by name (timm's, `fastmkd.nn.cifar`'s, detectors, segmenters), weights from files that cannot run code."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .schema import ModelRecipe, TeacherRecipe
 __all__ = ["build_model", "load_weights", "model_kwargs", "read_state_dict"]
 
 DETECTOR = "detector."  # how names of `fastmkd.nn.detectors.DETECTORS` begin
+SEGMENTER = "segmenter."  # and those of `fastmkd.nn.segmenters.SEGMENTERS`
 # What a detector may make of the longer side of a picture, for its shorter one of 800, on COCO.
 LONGER = 1333 / 800
 
@@ -52,6 +53,8 @@ def model_kwargs(recipe: ModelRecipe | TeacherRecipe, source: DataSource) -> dic
             "image_std": list(source.std),
         }
         return {**decided, **recipe.kwargs}
+    if str(recipe.name).startswith(SEGMENTER):
+        return {"num_classes": source.num_classes, "in_channels": source.channels, **recipe.kwargs}
     kwargs: dict[str, Any] = {"num_classes": source.num_classes, "in_chans": source.channels}
     config = get_pretrained_cfg(recipe.name or "")
     if config is not None and config.fixed_input_size and config.input_size[-1] != source.image_size:
@@ -88,6 +91,11 @@ def build_model(recipe: ModelRecipe | TeacherRecipe, kwargs: dict[str, Any], rol
 
         kind = str(recipe.name).removeprefix(DETECTOR)
         make = functools.partial(build_detector, kind, pretrained=recipe.pretrained)
+    elif str(recipe.name).startswith(SEGMENTER):
+        from ..nn.segmenters import build_segmenter
+
+        kind = str(recipe.name).removeprefix(SEGMENTER)
+        make = functools.partial(build_segmenter, kind, pretrained=recipe.pretrained)
     elif isinstance(recipe.name, str) and timm.is_model(recipe.name):
         make = functools.partial(timm.create_model, recipe.name, pretrained=recipe.pretrained)
     else:
@@ -159,11 +167,12 @@ def load_weights(model: nn.Module, path: str | Path, role: str, classifier: bool
         path: see `read_state_dict`.
         role: "student" or "teacher", for messages.
         classifier: False keeps the model's own classifier, whose keys the file may have, in whatever shape, or lack;
-            of a detector it loads the backbone alone, from weights of the classifier that this was.
+            of a detector or a segmenter it loads the backbone alone, from weights of the classifier that this was.
 
     Raises:
         UserError: keys or shapes differ (all are listed, up to a few of each kind), or the file cannot be read.
     """
+    from ..nn.segmenters import encoder_of, names_of_timm
     from .encoder_checkpoint import find_layout, load_encoder
 
     state, own = read_state_dict(path), model.state_dict()
@@ -177,6 +186,11 @@ def load_weights(model: nn.Module, path: str | Path, role: str, classifier: bool
         return
     if not classifier and hasattr(getattr(model, "backbone", None), "body"):
         load_body(model.backbone.body, state, path, role)
+        return
+    if not classifier and (encoder := encoder_of(model)) is not None:
+        plain = names_of_timm(encoder.state_dict(), state)
+        _refuse_misfits(encoder.state_dict(), plain, [], path, f"{role}'s encoder")
+        encoder.load_state_dict(plain)
         return
     if not classifier:
         last = {id(p) for layer in classifier_of(model) for p in layer.parameters()}

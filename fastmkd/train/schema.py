@@ -29,12 +29,13 @@ class DataRecipe:
     """Which pictures, and how they come in batches.
 
     Attributes:
-        name: digits, fashion-mnist, cifar10, cifar100, imagefolder or coco.
+        name: digits, fashion-mnist, cifar10, cifar100, imagefolder, coco, segfolder, cityscapes or scenes.
         task: what the pictures are for, where a set serves several tasks; null takes its only one.
         root: folder of the data; null looks in the usual places.
         download: let torchvision download the set into root if it is not there.
         image_size: side in pixels that the networks get; null keeps the set's own. For detection the shorter side, the
-            longer one being at most 1333/800 of it; student.kwargs.image_size says both.
+            longer one being at most 1333/800 of it; student.kwargs.image_size says both. For segmentation the side of
+            training crops.
         batch_size: training images in one forward pass of one process.
         eval_batch_size: test images in one forward pass.
         workers: processes that read and transform picture files.

@@ -28,6 +28,7 @@ from .rundir import RunDir
 from .schema import Recipe
 from .sheet import draw_sheet, spread, to_pixels
 from .show_boxes import show_boxes
+from .show_masks import show_masks
 
 __all__ = ["main", "open_recipe", "sheet_of", "show"]
 
@@ -47,6 +48,9 @@ def show(recipe: Recipe, out: str | Path, count: int = 8, score: float = 0.3) ->
     setup = open_run(recipe)
     if setup.source.task == "detection":
         show_boxes(setup, out, count, score)
+        return
+    if setup.source.task == "segmentation":
+        show_masks(setup, out, count)
         return
     draw_sheet(*sheet_of(setup, count), out, title=f"{recipe.name}: {type(setup.method).__name__}")
 

@@ -1,7 +1,8 @@
-"""``build_detector``: RetinaNet, FCOS and Faster R-CNN of torchvision on any backbone."""
+"""``build_detector``: RetinaNet, FCOS and Faster R-CNN of torchvision, and RepPoints, on any backbone."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from .body import Backbone, build_body
+from .reppoints import RepPoints
 
 __all__ = ["DETECTORS", "build_detector"]
 
@@ -48,7 +50,7 @@ def build_detector(
     ``model.backbone.body`` gives maps and ``model.backbone.fpn`` levels.
 
     Args:
-        name: retinanet, fcos or faster_rcnn (the keys of `DETECTORS`).
+        name: retinanet, fcos, faster_rcnn or reppoints (the keys of `DETECTORS`).
         backbone: see `fastmkd.nn.detectors.build_body`.
         num_classes: without the background, which torchvision counts as class 0.
         image_size: what the shorter side becomes, and the most that the longer one may. A list of shorter sides means
@@ -57,7 +59,7 @@ def build_detector(
         image_std: per channel.
         out_channels: of each level of the pyramid.
         anchor_sizes: side in pixels of the smallest anchor of each of the five levels; None is 32 to 512, for FCOS 8 to
-            128. For FCOS it also says which boxes a level is for, those of 4 to 8 times that side.
+            128. For FCOS it also says which boxes a level is for, those of 4 to 8 times that side. RepPoints has none.
         pretrained: download the backbone's weights of ImageNet.
         frozen_stages: 0 for none, else the backbone's stem and this many stages do not learn.
         norm_eval: batch norms of the backbone keep their running statistics.
@@ -66,7 +68,7 @@ def build_detector(
 
     Raises:
         ValueError: an unknown detector or backbone, sizes or anchors that make no sense.
-        TypeError: an argument that torchvision does not know.
+        TypeError: an argument that the detector does not know.
 
     Example:
         >>> import torch
@@ -121,15 +123,16 @@ def _anchors(sizes: Sequence[Sequence[int]], ratios: Sequence[float]) -> AnchorG
 def _retinanet(backbone: Backbone, num_classes: int, anchor_sizes: Sequence[int] | None, **kwargs: Any) -> nn.Module:
     sides = anchor_sizes or (32, 64, 128, 256, 512)
     anchors = _anchors([[int(side * octave) for octave in OCTAVES] for side in sides], RATIOS)
-    return RetinaNet(backbone, num_classes + 1, anchor_generator=anchors, **kwargs)
+    return _make(RetinaNet, backbone, num_classes=num_classes + 1, anchor_generator=anchors, **kwargs)
 
 
 def _fcos(backbone: Backbone, num_classes: int, anchor_sizes: Sequence[int] | None, **kwargs: Any) -> nn.Module:
-    if backbone.out_channels % 32:
-        raise ValueError(f"out_channels is {backbone.out_channels}; FCOS normalises in 32 groups: take a multiple.")
+    if backbone.out_channels % 32 or backbone.out_channels < 64:  # on a level of one pixel a group of 1 has no variance
+        raise ValueError(f"out_channels is {backbone.out_channels}; FCOS normalises in 32 groups: take 64, 96, ...")
     anchors = _anchors([[side] for side in anchor_sizes or (8, 16, 32, 64, 128)], (1.0,))
     # 0.05 is FCOS's own threshold; with torchvision's 0.2 a network that is not sure yet finds nothing at all.
-    return FCOS(backbone, num_classes + 1, anchor_generator=anchors, **{"score_thresh": 0.05, **kwargs})
+    kwargs = {"score_thresh": 0.05, **kwargs}
+    return _make(FCOS, backbone, num_classes=num_classes + 1, anchor_generator=anchors, **kwargs)
 
 
 def _faster_rcnn(
@@ -142,7 +145,23 @@ def _faster_rcnn(
     anchors = _anchors([[side] for side in anchor_sizes or (32, 64, 128, 256, 512)], RATIOS)
     head = TwoMLPHead(backbone.out_channels * 7**2, representation_size)
     predictor = FastRCNNPredictor(representation_size, num_classes + 1)
-    return FasterRCNN(backbone, rpn_anchor_generator=anchors, box_head=head, box_predictor=predictor, **kwargs)
+    parts = {"rpn_anchor_generator": anchors, "box_head": head, "box_predictor": predictor}
+    return _make(FasterRCNN, backbone, **parts, **kwargs)
+
+
+def _reppoints(backbone: Backbone, num_classes: int, anchor_sizes: Sequence[int] | None, **kwargs: Any) -> nn.Module:
+    if anchor_sizes is not None:
+        raise ValueError(f"anchor_sizes is {list(anchor_sizes)}, but RepPoints has no anchors; leave it out.")
+    return _make(RepPoints, backbone, num_classes=num_classes + 1, **kwargs)
+
+
+def _make(kind: type[nn.Module], backbone: Backbone, **kwargs: Any) -> nn.Module:
+    """Makes a detector; these classes hand what they do not know to their transform, which takes anything."""
+    known = {*inspect.signature(kind).parameters, "size_divisible", "fixed_size"}
+    unknown = sorted(kwargs.keys() - known)
+    if unknown:
+        raise TypeError(f"{kind.__name__} does not know {', '.join(unknown)}.")
+    return kind(backbone, **kwargs)
 
 
 def _two_more(out_channels: int) -> ExtraFPNBlock:
@@ -158,4 +177,5 @@ DETECTORS: dict[str, tuple[Callable[..., nn.Module], int, Callable[[int], ExtraF
     "retinanet": (_retinanet, 3, _two_more),
     "fcos": (_fcos, 3, _two_more),
     "faster_rcnn": (_faster_rcnn, 4, _one_more),
+    "reppoints": (_reppoints, 3, _two_more),
 }

@@ -8,13 +8,14 @@ from ..errors import UserError
 from .base import Task
 from .classification import Classification
 from .detection import Detection
+from .segmentation import Segmentation
 
 if TYPE_CHECKING:
     from ..data import DataSource
 
-__all__ = ["TASKS", "Classification", "Detection", "Task", "classification_only", "task_of"]
+__all__ = ["TASKS", "Classification", "Detection", "Segmentation", "Task", "classification_only", "task_of"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Detection())}
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Detection(), Segmentation())}
 
 
 def task_of(source: DataSource) -> Task:

@@ -1,0 +1,115 @@
+"""How well a network tells the class of each pixel: mean intersection over union, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .loading import Loader, eval_plan
+from .mask_pictures import IGNORE
+from .tasks.base import Finish
+
+__all__ = ["confusion_matrix", "evaluate_masks", "mask_scores"]
+
+
+def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
+    """Counts pixels by true and predicted class; those of class 255 are left out.
+
+    Args:
+        logits: ``(B, K, H, W)``.
+        targets: ``(B, H, W)`` int64.
+
+    Returns:
+        ``(K, K)`` int64, true classes down and predicted ones across.
+
+    Example:
+        >>> logits = torch.tensor([[[[2.0, 0.0, 0.0]], [[1.0, 1.0, 1.0]]]])
+        >>> confusion_matrix(logits, torch.tensor([[[0, 0, 255]]]))
+        tensor([[1, 1],
+                [0, 0]])
+    """
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    counts: Tensor = multiclass_confusion_matrix(
+        logits.argmax(1), targets, logits.shape[1], ignore_index=IGNORE, validate_args=False
+    )
+    return counts
+
+
+def mask_scores(confusion: Tensor) -> dict[str, float]:
+    """Returns mean IoU and pixel accuracy in percent.
+
+    The mean is over the classes that occur, as truth or as a prediction; without any pixel both scores are 0.
+
+    Args:
+        confusion: ``(K, K)``, true classes down and predicted ones across.
+
+    Example:
+        >>> mask_scores(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
+        {'miou': 77.5, 'pixel_accuracy': 87.5}
+    """
+    counts = confusion.double()
+    hits = counts.diagonal()
+    union = counts.sum(0) + counts.sum(1) - hits
+    seen = union > 0
+    if not seen.any():
+        return {"miou": 0.0, "pixel_accuracy": 0.0}
+    return {
+        "miou": 100 * (hits[seen] / union[seen]).mean().item(),
+        "pixel_accuracy": 100 * (hits.sum() / counts.sum()).item(),
+    }
+
+
+@torch.no_grad()
+def evaluate_masks(
+    model: nn.Module, loader: Loader, finish: Finish, num_pictures: int, batch_size: int, accelerator: Any
+) -> dict[str, float]:
+    """Tests a segmentation network; its mode is restored.
+
+    Args:
+        model: images to ``(B, K, H, W)`` logits of their size; its `num_classes` is K.
+        loader: of the test pictures, whose sizes may differ.
+        finish: normalises.
+        num_pictures: size of the test set.
+        batch_size: of one process.
+        accelerator: of Hugging Face Accelerate; gives autocast and sums over processes.
+
+    Returns:
+        ``miou`` and ``pixel_accuracy`` in percent, and ``images``, how many could be read.
+    """
+    was_training, K, device = model.training, int(model.num_classes), accelerator.device  # type: ignore[arg-type]
+    model.eval()
+    confusion = torch.zeros(K, K, dtype=torch.int64, device=device)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    plan = eval_plan(num_pictures, batch_size, accelerator.process_index, accelerator.num_processes)
+    for batch in loader.batches(plan):
+        for images, targets in of_one_size(*finish(batch.images, batch.targets)):
+            with accelerator.autocast():
+                logits = model(images)
+            confusion += confusion_matrix(logits, targets)
+            count += len(images)
+    model.train(was_training)
+    confusion, count = accelerator.reduce([confusion, count], reduction="sum")
+    return {**mask_scores(confusion), "images": float(count)}
+
+
+def of_one_size(images: Any, targets: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cuts a batch into batches whose pictures have one size, so that no picture's score depends on its neighbours.
+
+    Args:
+        images: ``(B, C, H, W)``, or a list of ``(C, H, W)``.
+        targets: ``(B, H, W)``, or a list of ``(H, W)``.
+
+    Example:
+        >>> pictures = [torch.zeros(3, 4, 4), torch.zeros(3, 2, 4), torch.ones(3, 4, 4)]
+        >>> [tuple(part.shape) for part, _ in of_one_size(pictures, [picture[0] for picture in pictures])]
+        [(2, 3, 4, 4), (1, 3, 2, 4)]
+    """
+    groups: dict[torch.Size, list[int]] = {}
+    for number, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(number)
+    for members in groups.values():
+        yield torch.stack([images[i] for i in members]), torch.stack([targets[i] for i in members])
