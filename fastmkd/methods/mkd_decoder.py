@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
@@ -49,6 +51,9 @@ class AdaptiveDecoder(nn.Module):
     """
 
     mask_token: Tensor | None
+    phi: Any
+    sam: Any
+    blocks: Any
 
     def __init__(
         self,

@@ -33,6 +33,6 @@ def run_in_two_processes(source: str, folder: Path) -> None:
         for rank in range(2)
     ]
     for worker in workers:
-        output, errors = worker.communicate(timeout=120)
+        output, errors = worker.communicate(timeout=300)
         assert worker.returncode == 0, errors
         assert "agreed" in output
