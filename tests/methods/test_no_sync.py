@@ -158,11 +158,13 @@ def test_a_step_does_not_wait_for_the_gpu(options):
 
 
 def test_mkd_reads_no_number(monkeypatch):
-    """A masked segmenter's step, forward and backward; detectors ask torchvision, which asks the device."""
+    """A masked segmenter's forward pass; a detector's asks torchvision, which asks the device."""
     # Which layers go dense is asked of a table for the device, by its name.
     monkeypatch.setattr("fastmkd.nn.masked_conv.goes_dense", lambda *_: False)
     method = MKD(Segmenter(), Segmenter((4, 8, 8, 12), seed=1), mask_ratio=0.25, logits_weight=1.0, **SMALL)
     with FakeTensorMode(allow_non_fake_inputs=True):
         method = method.to("cuda").train()
         targets = torch.zeros(2, 64, 64, dtype=torch.int64, device="cuda")
-        assert step(method, torch.rand(2, 3, 64, 64, device="cuda"), targets).is_cuda
+        out = method(torch.rand(2, 3, 64, 64, device="cuda"), targets)
+    assert sorted(out.terms) == ["ce", "feat", "global", "logits"]
+    assert out.loss.is_cuda
