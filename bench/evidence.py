@@ -3,8 +3,9 @@
     python -m fastmkd.bench.evidence recipes/evidence/NAME    trains what has no record yet, then writes the page
     python -m fastmkd.bench.evidence                          only writes the page
 
-A study is a folder with a ``study.yaml`` (see `Study`) and the recipes that it names. It can be stopped at any time: a
-run with a record is not trained again, and an unfinished one goes on from its checkpoint. Records go to
+A study is a folder with a ``study.yaml`` (see `Study`) and the recipes that it names. Where its settings pre-train,
+second halves follow each of them: fine-tuning, linear probes, few labels. It can be stopped at any time: a run with a
+record is not trained again, and an unfinished one goes on from its checkpoint. Records go to
 ``bench/results/evidence/NAME.jsonl``; each holds the whole recipe, the scores and the curve of the training.
 """
 
@@ -12,13 +13,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import json
-import re
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,94 +23,27 @@ import torch
 
 from fastmkd.methods import MaskedKD
 from fastmkd.train.augment import Finisher
-from fastmkd.train.build import assemble
+from fastmkd.train.build import assemble, method_class
+from fastmkd.train.checkpoint import atomic_write
 from fastmkd.train.engine import train
 from fastmkd.train.errors import UserError
 from fastmkd.train.interrupt import RunInterrupted
 from fastmkd.train.loading import Loader, eval_plan
 from fastmkd.train.models import load_weights
-from fastmkd.train.recipe import differences, identity, load_recipe, with_defaults
 from fastmkd.train.rundir import RunDir
 from fastmkd.train.schema import Recipe
 from fastmkd.train.seeds import seed_all
 
 from .environment import REPOSITORY, describe, results_folder
+from .evidence_tables import tables
 from .pages import add_page, keep_page, parse_page
 from .report import fill_markers
+from .study import Record, Run, Study
 
-__all__ = ["Study", "main", "render", "run"]
+__all__ = ["load", "main", "render", "run"]
 
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Study:
-    """What ``study.yaml`` says.
-
-    Args:
-        folder: where it lies; its name is the study's.
-        recipe: file of the recipe that all settings share.
-        seeds: of the runs of every setting.
-        settings: changes to the recipe by dotted key, by the name of the setting.
-        against: the setting from which the table takes differences.
-        asked: what the study should show: ``{setting, over, least}``, the one at least so many points over the other.
-        teachers: recipes of the teachers by the setting under which each is recorded; trained once for all seeds.
-    """
-
-    folder: Path
-    recipe: str
-    seeds: list[int]
-    settings: dict[str, dict[str, Any]]
-    against: str
-    asked: list[dict[str, Any]]
-    teachers: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path) -> Study:
-        """Reads and checks ``study.yaml`` of a folder.
-
-        Raises:
-            UserError: the file is missing, or a key or a setting's name is wrong.
-        """
-        import yaml
-
-        path = folder / "study.yaml"
-        if not path.is_file():
-            raise UserError(f"{folder} has no study.yaml; give the folder of a study, see recipes/evidence/.")
-        try:
-            study = cls(folder, **yaml.safe_load(path.read_text()))
-        except (TypeError, yaml.YAMLError) as error:
-            raise UserError(f"{path} is not a study: {error}.") from None
-        named = {study.against, *(ask[key] for ask in study.asked for key in ("setting", "over"))}
-        if unknown := sorted(named - set(study.settings)):
-            raise UserError(f"{path} compares {', '.join(unknown)}; its settings are {', '.join(study.settings)}.")
-        return study
-
-    def runs(self, root: Path) -> list[tuple[str, Recipe]]:
-        """All runs as (setting, recipe), teachers first, then seed by seed, so that a part of them is a whole table.
-
-        Args:
-            root: folder for the runs.
-        """
-        common = {"run.root": str(root), "run.tensorboard": False}
-        runs = [(name, load_recipe(self.folder / file, changes=common)) for name, file in self.teachers.items()]
-        for seed in self.seeds:
-            for setting, options in self.settings.items():
-                slug = re.sub(r"\W+", "_", setting).strip("_").lower()
-                changes = {**options, **common, "seed": seed, "name": f"{self.folder.name}-{slug}-{seed}"}
-                runs.append((setting, load_recipe(self.folder / self.recipe, changes=changes)))
-        return runs
-
-
-def changes(record: dict[str, Any], recipe: Recipe) -> str:
-    """Says what a recipe has otherwise than the one a record was made with, or '' if nothing.
-
-    Args:
-        record: of a run.
-        recipe: as it is now.
-    """
-    new = identity(recipe)
-    return differences(with_defaults(record["recipe"], new, dataclasses.asdict(recipe)), new)
+# Of a result: what a record says otherwise, or what is of the machine.
+NOT_SCORES = ("name", "weights", "epochs", "bad_pictures", "images_per_second", "milliseconds_per_update")
 
 
 def run(study: Study, records: Path, root: Path) -> None:
@@ -121,35 +51,49 @@ def run(study: Study, records: Path, root: Path) -> None:
 
     Args:
         study: what to train.
-        records: the study's file of records, appended to.
+        records: the study's file of records, which grows.
         root: folder for the runs.
 
     Raises:
         UserError: a record was made with another recipe; the keys that differ are named.
     """
-    known = {(record["setting"], record["seed"]): record for record in load(records)}
-    for setting, recipe in study.runs(root):
-        if (record := known.get((setting, recipe.seed))) is not None:
-            if changed := changes(record, recipe):
-                raise UserError(
-                    f"{records} has a record of {setting!r}, seed {recipe.seed}, from another recipe: {changed}. "
-                    "Remove that line and the run's folder to train it again."
-                )
-            continue
-        result = train(recipe)
-        found = {
-            "study": study.folder.name,
-            "setting": setting,
-            "seed": recipe.seed,
-            **{key: result[key] for key in ("top1", "top5", "loss", "images", "updates", "seconds")},
-            "teacher_top1": teacher_top1(recipe, result["weights"]),
-            "recipe": identity(recipe),
-            "curve": curve(RunDir(recipe.run_dir).metrics),
-            "env": describe(torch.device("cpu")),
-        }
-        records.parent.mkdir(parents=True, exist_ok=True)
-        with records.open("a") as file:
-            file.write(json.dumps(found) + "\n")
+    known = {(record["setting"], record.get("then"), record["seed"]): record for record in load(records)}
+    missing = []
+    for one in study.runs(root):
+        record = known.get((one.setting, one.then, one.recipe.seed))
+        if record is None:
+            missing.append(one)
+        elif changed := one.changes(record):
+            which = f"{one.setting!r}, {f'{one.then}, ' if one.then else ''}seed {one.recipe.seed}"
+            raise UserError(
+                f"{records} has a record of {which}, from another recipe: {changed}. "
+                "Remove that line and the run's folder to train it again."
+            )
+    for one in missing:
+        if one.first is not None:
+            train(one.first)  # has been, unless its folder was lost
+        add(records, measure(study, one))
+
+
+def measure(study: Study, one: Run) -> Record:
+    """Trains a run, or goes on with it, and returns its record.
+
+    Args:
+        study: whose run it is.
+        one: what to train.
+    """
+    result = train(one.recipe)
+    return {
+        "study": study.folder.name,
+        "setting": one.setting,
+        **({"then": one.then} if one.then else {}),
+        "seed": one.recipe.seed,
+        **{name: value for name, value in result.items() if name not in NOT_SCORES},
+        "teacher_top1": teacher_top1(one.recipe, result["weights"]),
+        **one.identities(),
+        "curve": curve(RunDir(one.recipe.run_dir).metrics),
+        "env": describe(torch.device("cpu")),
+    }
 
 
 @torch.no_grad()
@@ -164,10 +108,11 @@ def teacher_top1(recipe: Recipe, weights: str, images: int = 1000) -> float | No
     Returns:
         None for a method that asks no ViT teacher.
     """
-    setup = assemble(recipe, train)
-    method, source = setup.method.eval(), setup.source
-    if not isinstance(method, MaskedKD):
+    if not issubclass(method_class(recipe), MaskedKD):
         return None
+    setup = assemble(recipe, train)
+    method: Any = setup.method.eval()
+    source = setup.source
     load_weights(setup.student, weights, "student")
     seed_all(recipe.seed, "teacher_top1")
     loader = Loader(source.test, recipe.data, None, source.image_size, torch.device("cpu"), recipe.seed)
@@ -194,6 +139,12 @@ def load(records: Path) -> list[Record]:
     return [json.loads(line) for line in records.read_text().splitlines()] if records.is_file() else []
 
 
+def add(records: Path, record: Record) -> None:
+    """Appends a record; whenever it is killed, the file is whole."""
+    text = "".join(json.dumps(found) + "\n" for found in (*load(records), record))
+    atomic_write(records, lambda part: part.write_text(text))
+
+
 def render(page: str, results: Path, studies: Path) -> str:
     """Returns the page with everything between its markers made anew.
 
@@ -211,80 +162,6 @@ def render(page: str, results: Path, studies: Path) -> str:
         return tables(Study.read(studies / name), records) if records else ""
 
     return fill_markers(page, body)
-
-
-def tables(study: Study, records: Sequence[Record]) -> str:
-    """What was asked and what was measured, then all settings; means and sample deviations over the seeds."""
-    top1: dict[str, dict[int, float]] = {}
-    teacher: dict[str, list[float]] = {}
-    for record in records:
-        top1.setdefault(record["setting"], {})[record["seed"]] = record["top1"]
-        if record["teacher_top1"] is not None:
-            teacher.setdefault(record["setting"], []).append(record["teacher_top1"])
-    parts = [caption(study, records), "| asked, in points | measured, ± standard error | |\n| --- | --- | --- |"]
-    for ask in study.asked:
-        gaps = paired(top1, ask["setting"], ask["over"])
-        if gaps:
-            margin = statistics.mean(gaps) - ask["least"]
-            shown = "shown" if margin >= 0 else "**not shown**"
-            if len(gaps) < 2 or abs(margin) < statistics.stdev(gaps) / len(gaps) ** 0.5:
-                shown += ", within the error"
-            measured = spread(gaps, signed=True, error=True)
-            sentence = f"{ask['setting']} over {ask['over']}: at least {ask['least']:+.1f}"
-            parts[-1] += f"\n| {sentence} | {measured} | {shown} |"
-    head = ["setting", "test top-1", *(f"seed {seed}" for seed in study.seeds), f"against {study.against}"]
-    head += ["teacher on what it is shown"] * bool(teacher)
-    parts.append(line(head) + "\n" + line(["---"] * len(head)))
-    for setting in (*study.teachers, *study.settings):
-        scores = top1.get(setting)
-        if scores is None:
-            continue
-        cells = [setting, spread(list(scores.values())), *[""] * (len(head) - 2)]
-        if setting in study.settings:
-            cells[2 : 2 + len(study.seeds)] = [f"{scores[s]:.2f}" if s in scores else "" for s in study.seeds]
-            gaps = [] if setting == study.against else paired(top1, setting, study.against)
-            cells[2 + len(study.seeds)] = spread(gaps, signed=True) if gaps else ""
-            if setting in teacher:
-                cells[-1] = spread(teacher[setting])
-        parts[-1] += "\n" + line(cells)
-    return "\n\n".join(parts)
-
-
-def caption(study: Study, records: Sequence[Record]) -> str:
-    """Where the numbers come from."""
-    made = {
-        f"{env['date'][:10]}, commit {(env['commit'] or 'unknown')[:10]}{' with changes' * bool(env['dirty'])}, "
-        f"torch {env['torch']}, {env['device']}"
-        for env in (record["env"] for record in records)
-    }
-    wanted = len(study.seeds) * len(study.settings) + len(study.teachers)
-    count = f"{len(records)} runs" if len(records) == wanted else f"{len(records)} of {wanted} runs, **not finished**"
-    command = f"`python -m fastmkd.bench.evidence recipes/evidence/{study.folder.name}`"
-    return f"{command}: {count}; {'; '.join(sorted(made))}."
-
-
-def paired(top1: dict[str, dict[int, float]], setting: str, over: str) -> list[float]:
-    """Differences of two settings, seed by seed."""
-    first, second = top1.get(setting, {}), top1.get(over, {})
-    return [first[seed] - second[seed] for seed in first if seed in second]
-
-
-def spread(values: Sequence[float], signed: bool = False, error: bool = False) -> str:
-    """Mean ± sample deviation, or ± the standard error of the mean; a single value stands alone.
-
-    Example:
-        >>> spread([1.0, 2.0, 3.0]), spread([1.0, 2.0, 3.0], signed=True, error=True), spread([4.0])
-        ('2.00 ± 1.00', '+2.00 ± 0.58', '4.00')
-    """
-    mean = f"{statistics.mean(values):{'+' if signed else ''}.2f}"
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {statistics.stdev(values) / (len(values) ** 0.5 if error else 1):.2f}"
-
-
-def line(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -99,6 +99,17 @@ def _dpk(words: str, least: float, side: int, way: str = "fastmkd", against: str
     return Target(f"DPK step, ResNet-18 from ResNet-34, {side} pixels, {words}", *place, way, least, against=against)
 
 
+def _mkd(benchmark: str, kind: str, least: dict[str, float]) -> list[Target]:
+    return [
+        Target(
+            f"MKD, RetinaNet R50 from R101, {kind}, {label}{where}: at least {ratio}x the eager way",
+            benchmark, dtype, kind, label, "fastmkd", ratio, gpu=dtype == "bf16",
+        )
+        for label, ratio in least.items()
+        for dtype, where in (("fp32", ""), ("bf16", ", bf16 on a GPU"))
+    ]  # fmt: skip
+
+
 def _masked(benchmark: str, panel: str, what: str, least: dict[int, float], against: str = "") -> list[Target]:
     return [
         Target(
@@ -293,6 +304,9 @@ TARGETS = (
         "public code, compiled",
     ),
     _dmae_masking("fastmkd, compiled", "bf16", ", bf16 on a GPU", gpu=True),
+    *_mkd("mkd_step", "masked backbone", {"10 % hidden": 1.12, "30 % hidden": 1.4}),
+    *_mkd("mkd_decoder", "five levels", {"decoders and losses": 1.5}),
+    *_mkd("mkd_step", "training step", {"10 % hidden": 1.08, "30 % hidden": 1.15}),
     Target(
         "saliency: under 1 % of the student's forward",
         benchmark="cls_saliency",
@@ -337,25 +351,16 @@ TARGETS = (
             _DEPTHWISE,
         )
     ),
-    Target(
-        "block gather in plain PyTorch, 3x3 forward, 75 % hidden: faster than it",
-        benchmark="masked_conv3x3",
-        dtype="fp32",
-        panel=f"{_LAYERS}, forward, batch",
-        label="75 % hidden",
-        variant="fastmkd",
-        least=1.0,
-        against="block gather",
-    ),
-    Target(
-        "spconv on one thread, 3x3 forward, 75 % hidden: faster than it",
-        benchmark="masked_conv3x3",
-        dtype="fp32",
-        panel=f"{_LAYERS}, forward, batch",
-        label="75 % hidden",
-        variant="fastmkd, 1 thread",
-        least=1.0,
-        against="spconv, 1 thread",
+    *(
+        Target(
+            f"{words}, 3x3 forward, 75 % hidden: faster than it",
+            *("masked_conv3x3", "fp32", f"{_LAYERS}, forward, batch", "75 % hidden", f"fastmkd{threads}", 1.0),
+            against=f"{peer}{threads}",
+        )
+        for words, peer, threads in (
+            ("block gather in plain PyTorch", "block gather", ""),
+            ("spconv on one thread", "spconv", ", 1 thread"),
+        )
     ),
     *(_faster_bf16(direction) for direction in ("forward", "forward + backward")),
     Target(

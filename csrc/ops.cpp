@@ -11,6 +11,10 @@ STABLE_TORCH_LIBRARY(fastmkd_native, m) {
   m.def(
       "masked_patch_loss_grad(Tensor prediction, Tensor images, Tensor hidden, Tensor stats, Tensor grad, int patch_h, "
       "int patch_w) -> Tensor");
+  m.def("recovered_loss(Tensor rows, Tensor teacher, Tensor queries, int patch) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "recovered_loss_grad(Tensor rows, Tensor teacher, Tensor queries, Tensor log_sums, Tensor grad_error, "
+      "Tensor grad_difference, Tensor grad_contexts, Tensor shifts, int patch) -> (Tensor, Tensor)");
   m.def("select_tokens(Tensor saliency, int k, int grid_h, int grid_w, int target_h, int target_w) -> Tensor");
   m.def("stitch_tokens(Tensor student, Tensor teacher, Tensor from_teacher, Tensor position) -> Tensor");
   m.def(

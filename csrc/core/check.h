@@ -37,6 +37,10 @@ struct PatchLossShape {
   int64_t batch, channels, grid_h, grid_w, patch_h, patch_w, hidden;
 };
 
+struct RecoveredShape {
+  int64_t batch, channels, grid_h, grid_w, patch;
+};
+
 struct ConvShape {
   int64_t n_in, n_out, cin, cout, groups, taps;
 };
@@ -72,6 +76,10 @@ Outcome unshuffle_tokens(const Kernels& kernels, DType dtype, DType out_dtype, c
 // Sums, statistics and the gradient.
 Outcome masked_patch_loss(const Kernels& kernels, DType dtype, DType image_dtype, const PatchLossShape& shape,
                           bool normalize);
+
+// Sums of every row of cells, and the gradient.
+Outcome recovered_loss(const Kernels& kernels, DType dtype, DType teacher_dtype, const RecoveredShape& shape,
+                       bool channels_last);
 
 // Forward with and without bias; a third of the taps are absent, and row 0 has none.
 Outcome masked_conv2d(const Kernels& kernels, DType dtype, const ConvShape& shape, WeightLayout layout);

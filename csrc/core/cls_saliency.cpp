@@ -7,28 +7,6 @@
 namespace fastmkd::FASTMKD_ISA {
 namespace {
 
-// exp(x) for x <= 0 to about 1 ulp; 0 below the smallest normal float, NaN for NaN.
-inline Floats exp_negative(Floats x) {
-  constexpr float kSmallest = -87.33654f;  // log(2^-126)
-  constexpr float kRound = 0x1.8p23f;      // adding it rounds to an integer and leaves that integer in the low bits
-  const Floats clamped = x < kSmallest ? splat(kSmallest) : x;
-  const Floats shifted = clamped * 0x1.715476p0f + kRound;
-  const Floats n = shifted - kRound;
-  // log(2) in two parts, the first short enough for n * part to be exact without a fused multiply-add.
-  const Floats r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-  // Taylor to r^7 / 7!: with |r| <= log(2) / 2 the rest is 5e-9.
-  Floats p = splat(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const Floats result = bit_cast<Floats>(bit_cast<Words>(p) + (bit_cast<Words>(shifted) << 23));
-  return x < kSmallest ? Floats{} : result;
-}
-
 // float32 query, already multiplied by the scale, against one key.
 template <class T>
 inline float dot(const float* q, const T* k, int64_t dim) {

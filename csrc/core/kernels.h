@@ -94,6 +94,29 @@ struct PatchLossArgs {
   void* out;     // like prediction, the gradient
 };
 
+// What a spatial recovery module predicts against the teacher's map, both normalised over the channels of a position.
+// Rows of floats are `padded` long, zeros behind the channels; index 0 of a pair is the student, 1 the teacher.
+struct RecoveredArgs {
+  DType dtype;          // of rows: f32, bf16 or f16
+  const void* rows;     // (batch, grid_h * grid_w, patch, patch, channels), contiguous
+  DType teacher_dtype;  // f32, or that of rows
+  const void* teacher;  // (batch, channels, grid_h * patch, grid_w * patch)
+  bool channels_last;   // its memory is (batch, height, width, channels)
+  int64_t batch, channels, padded, grid_h, grid_w, patch;
+  const float* queries;  // (2, padded)
+  // The loss writes, for each row of cells of an image:
+  double* squares;  // sum of squared differences
+  float* parts;     // recovered_parts: difference, contexts relative to the greatest logits, these and the denominators
+  // The gradient reads and writes:
+  const float* log_sums;         // (2, batch)
+  const float* shifts;           // (2, batch)
+  const float* grad_difference;  // (batch, padded)
+  const float* grad_contexts;    // (2, batch, padded)
+  float scale;                   // of the squared differences
+  void* out;                     // like rows
+  float* query_sums;             // (units, 2, padded), the queries' gradients
+};
+
 // Where the neighbours of visible pixels lie: table[r, t] is the row under tap t of row r, -1 if there is none.
 struct TapTableArgs {
   const int64_t* cells;  // (num_cells), numbers of the visible cells in (batch, grid_h, grid_w)
@@ -183,6 +206,12 @@ static inline int64_t patch_loss_scratch(const PatchLossArgs& args) {
   return patch_values(args) + args.patch_w * args.channels;
 }
 
+// Positions that the kernels of a recovered map hold at once, the floats that a thread needs for them, and the floats
+// that the loss writes for a unit: three rows and four numbers.
+constexpr int64_t kRecoveredTile = 16;
+static inline int64_t recovered_scratch(const RecoveredArgs& args) { return 2 * kRecoveredTile * args.padded; }
+static inline int64_t recovered_parts(const RecoveredArgs& args) { return 3 * args.padded + 4; }
+
 static inline bool resizes(const SelectTokensArgs& args) {
   return args.target_h != args.grid_h || args.target_w != args.grid_w;
 }
@@ -231,6 +260,9 @@ struct Kernels {
   // Rows [begin, end): the sums and statistics of the loss, and the gradient.
   void (*masked_patch_loss)(const PatchLossArgs& args, int64_t begin, int64_t end, float* scratch);
   void (*masked_patch_loss_grad)(const PatchLossArgs& args, int64_t begin, int64_t end, float* scratch);
+  // Units [begin, end), which are rows of cells of all images.
+  void (*recovered_loss)(const RecoveredArgs& args, int64_t begin, int64_t end, float* scratch);
+  void (*recovered_loss_grad)(const RecoveredArgs& args, int64_t begin, int64_t end, float* scratch);
   // Cells [begin, end).
   void (*tap_table)(const TapTableArgs& args, int64_t begin, int64_t end, void* scratch);
   // Units [begin, end) of the plan.
@@ -268,6 +300,8 @@ struct Kernels {
   void unshuffle_tokens(const UnshuffleArgs& args, int64_t begin, int64_t end);                               \
   void masked_patch_loss(const PatchLossArgs& args, int64_t begin, int64_t end, float* scratch);              \
   void masked_patch_loss_grad(const PatchLossArgs& args, int64_t begin, int64_t end, float* scratch);         \
+  void recovered_loss(const RecoveredArgs& args, int64_t begin, int64_t end, float* scratch);                 \
+  void recovered_loss_grad(const RecoveredArgs& args, int64_t begin, int64_t end, float* scratch);            \
   void tap_table(const TapTableArgs& args, int64_t begin, int64_t end, void* scratch);                        \
   ConvPlan masked_conv2d_plan(const MaskedConvArgs& args);                                                    \
   void masked_conv2d(const MaskedConvArgs& args, int64_t begin, int64_t end, float* scratch);                 \
@@ -286,19 +320,19 @@ struct Kernels {
   void packed_attention(const PackedAttentionArgs& args, int64_t begin, int64_t end, float* scratch);         \
   }
 
-#define FASTMKD_KERNEL_TABLE(isa)                                                                                 \
-  ::fastmkd::Kernels {                                                                                            \
-    ::fastmkd::isa::cls_logits, ::fastmkd::isa::cls_softmax, ::fastmkd::isa::select_tokens,                       \
-        ::fastmkd::isa::gather_patches, ::fastmkd::isa::prefill, ::fastmkd::isa::widen, ::fastmkd::isa::narrow,   \
-        ::fastmkd::isa::stitch_tokens, ::fastmkd::isa::unshuffle_tokens, ::fastmkd::isa::masked_patch_loss,       \
-        ::fastmkd::isa::masked_patch_loss_grad, ::fastmkd::isa::tap_table, ::fastmkd::isa::masked_conv2d_plan,    \
-        ::fastmkd::isa::masked_conv2d, ::fastmkd::isa::masked_conv2d_weight_plan,                                 \
-        ::fastmkd::isa::masked_conv2d_weight, ::fastmkd::isa::masked_conv2d_weight_reduce,                        \
-        ::fastmkd::isa::masked_depthwise_plan, ::fastmkd::isa::masked_depthwise,                                  \
-        ::fastmkd::isa::masked_depthwise_weight_plan, ::fastmkd::isa::masked_depthwise_weight,                    \
-        ::fastmkd::isa::masked_depthwise_weight_reduce, ::fastmkd::isa::centred_gram_plan,                        \
-        ::fastmkd::isa::centred_gram, ::fastmkd::isa::centred_gram_reduce, ::fastmkd::isa::packed_attention_plan, \
-        ::fastmkd::isa::packed_attention                                                                          \
+#define FASTMKD_KERNEL_TABLE(isa)                                                                                    \
+  ::fastmkd::Kernels {                                                                                               \
+    ::fastmkd::isa::cls_logits, ::fastmkd::isa::cls_softmax, ::fastmkd::isa::select_tokens,                          \
+        ::fastmkd::isa::gather_patches, ::fastmkd::isa::prefill, ::fastmkd::isa::widen, ::fastmkd::isa::narrow,      \
+        ::fastmkd::isa::stitch_tokens, ::fastmkd::isa::unshuffle_tokens, ::fastmkd::isa::masked_patch_loss,          \
+        ::fastmkd::isa::masked_patch_loss_grad, ::fastmkd::isa::recovered_loss, ::fastmkd::isa::recovered_loss_grad, \
+        ::fastmkd::isa::tap_table, ::fastmkd::isa::masked_conv2d_plan, ::fastmkd::isa::masked_conv2d,                \
+        ::fastmkd::isa::masked_conv2d_weight_plan, ::fastmkd::isa::masked_conv2d_weight,                             \
+        ::fastmkd::isa::masked_conv2d_weight_reduce, ::fastmkd::isa::masked_depthwise_plan,                          \
+        ::fastmkd::isa::masked_depthwise, ::fastmkd::isa::masked_depthwise_weight_plan,                              \
+        ::fastmkd::isa::masked_depthwise_weight, ::fastmkd::isa::masked_depthwise_weight_reduce,                     \
+        ::fastmkd::isa::centred_gram_plan, ::fastmkd::isa::centred_gram, ::fastmkd::isa::centred_gram_reduce,        \
+        ::fastmkd::isa::packed_attention_plan, ::fastmkd::isa::packed_attention                                      \
   }
 
 }  // namespace fastmkd

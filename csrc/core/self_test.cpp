@@ -28,6 +28,7 @@ std::vector<SelfTestResult> self_test() {
       for (DType other : {dtype, DType::f32}) {
         record(isa, "unshuffle_tokens", check::unshuffle_tokens(table, dtype, other, {3, 1, 9, 4, 37}));
         record(isa, "masked_patch_loss", check::masked_patch_loss(table, dtype, other, {2, 3, 3, 2, 6, 7, 4}, true));
+        record(isa, "recovered_loss", check::recovered_loss(table, dtype, other, {2, 37, 2, 3, 3}, dtype == other));
       }
       record(isa, "gather_patches", check::gather_patches(table, dtype, {2, 3, 24, 30, 6, 5, 4}));
     }

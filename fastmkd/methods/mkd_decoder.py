@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-__all__ = ["AdaptiveDecoder", "resample"]
+__all__ = ["AdaptiveDecoder", "fold_pointwise", "resample", "resample_map"]
 
 Size = tuple[int, int]
 POSITIONS = 28  # side of the table of positions
@@ -25,7 +27,8 @@ class AdaptiveDecoder(nn.Module):
     decoder has it, the spatial recovery module (SRM) is a linear layer to the p * p * C_T numbers of a token's
     positions; where a token is less than a position, to C_T, and the tokens of a position are averaged.
 
-    The paper is silent on the kernel of SAM's convolution; p x p, the least that sees all positions, is taken.
+    The paper is silent on the kernel of SAM's convolution; p x p, the least that sees all positions, is taken. Nothing
+    lies between phi and SAM, so they run as one convolution (`fold_pointwise`).
 
     Args:
         student_channels: C_S.
@@ -100,15 +103,23 @@ class AdaptiveDecoder(nn.Module):
             visible: ``(B, gh, gw)`` bool.
         """
         grid = (visible.shape[1], visible.shape[2])
-        aligned = self.phi(level)  # (B, width, h, w)
-        if self.patch > 1:
-            aligned = self.sam(_fill(aligned, (grid[0] * self.patch, grid[1] * self.patch)))
-        elif aligned.shape[2:] != grid:
-            aligned = F.interpolate(aligned, grid, mode="nearest")
-        tokens = aligned.permute(0, 2, 3, 1)  # (B, gh, gw, width)
+        tokens = self._aligned(level, grid).permute(0, 2, 3, 1)  # (B, gh, gw, width)
         if self.mask_token is not None:
             tokens = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
         return (tokens + resample(self.position, grid, "linear").to(tokens.dtype)).flatten(1, 2)
+
+    def _aligned(self, level: Tensor, grid: Size) -> Any:
+        """SAM of phi of the level, ``(B, width, gh, gw)``."""
+        if self.patch == 1:
+            aligned = self.phi(level)
+            return aligned if aligned.shape[2:] == grid else F.interpolate(aligned, grid, mode="nearest")
+        size = (grid[0] * self.patch, grid[1] * self.patch)
+        if level.shape[2:] != size or len(level) * grid[0] * grid[1] <= self.phi.out_channels:
+            return self.sam(_fill(self.phi(level), size))
+        # With fewer tokens than channels the product of the weights costs more than it saves.
+        assert isinstance(self.sam, nn.Conv2d)
+        weight, bias = fold_pointwise(self.phi, self.sam)
+        return F.conv2d(level, weight, bias, self.patch)
 
     def to_map(self, rows: Tensor, grid: Size, size: Size) -> Tensor:
         """Puts a token's positions where they belong.
@@ -150,6 +161,28 @@ class AdaptiveDecoder(nn.Module):
     def extra_repr(self) -> str:
         """Returns what the printed module says of itself."""
         return f"patch={self.patch}, masked={self.mask_token is not None}"
+
+
+def fold_pointwise(pointwise: nn.Conv2d, align: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Returns weight and bias of the one convolution that does what two do one after the other; differentiable.
+
+    That costs a product of weights in each step, and saves a product and a map of the level's size: less work from two
+    images on.
+
+    Args:
+        pointwise: 1 x 1, the first, with a bias.
+        align: the second, with a bias and without padding, at whose border the first one's bias would be missed.
+
+    Example:
+        >>> first, second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 2, stride=2)
+        >>> x, (weight, bias) = torch.randn(1, 3, 4, 4), fold_pointwise(first, second)
+        >>> torch.allclose(F.conv2d(x, weight, bias, stride=2), second(first(x)), atol=1e-5)
+        True
+    """
+    assert pointwise.bias is not None
+    assert align.bias is not None
+    weight = align.weight.movedim(1, 3) @ pointwise.weight.flatten(1)  # (D, p, p, W) @ (W, C)
+    return weight.movedim(3, 1), align.bias + align.weight.sum((2, 3)) @ pointwise.bias
 
 
 def resample(table: Tensor, size: Size, how: str) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.recovered_loss import recovered_loss, relation_error
 from .mkd_decoder import AdaptiveDecoder
 
 __all__ = [
@@ -20,7 +21,6 @@ __all__ = [
     "LevelErrors",
     "Relation",
     "channel_logit_loss",
-    "feature_error",
     "level_errors",
     "normalise",
 ]
@@ -41,7 +41,10 @@ class LevelErrors(NamedTuple):
 def level_errors(
     decoder: AdaptiveDecoder, rows: Tensor, grid: tuple[int, int], teacher: Tensor, relation: Relation | None
 ) -> LevelErrors:
-    """Returns the errors of one level: SRM's last step, the layer norm of both sides, and both losses.
+    """Returns the errors of one level, after a layer norm of both sides over the channels of each position.
+
+    The paper says "a layer normalization operation"; over channels it leaves no position louder than another. The
+    rebuilt map is written neither before nor after its norm, see `fastmkd.ops.recovered_loss`.
 
     Args:
         decoder: the level's decoder.
@@ -56,15 +59,19 @@ def level_errors(
         >>> level_errors(decoder, rows, (2, 2), torch.randn(2, 6, 4, 4), None).feat.shape
         torch.Size([])
     """
-    prediction = normalise(decoder.to_map(rows, grid, (teacher.shape[2], teacher.shape[3])))
-    target = normalise(teacher.detach()).to(prediction.dtype)
-    return LevelErrors(feature_error(prediction, target), None if relation is None else relation(prediction, target))
+    size, patch = (teacher.shape[2], teacher.shape[3]), decoder.patch
+    if size != (grid[0] * patch, grid[1] * patch):  # cut off at the edge, or averaged: a row for each position
+        rows, patch = decoder.to_map(rows, grid, size).permute(0, 2, 3, 1).flatten(1, 2), 1
+    queries = None if relation is None else relation.queries()
+    recovered = recovered_loss(rows, teacher.detach(), patch, queries)
+    if relation is None:
+        return LevelErrors(recovered.error, None)
+    added = relation.added(recovered.contexts)
+    return LevelErrors(recovered.error, relation_error(recovered, added, size[0] * size[1]))
 
 
 def normalise(features: Tensor) -> Tensor:
     """Layer norm over the channels of each position, without weights, in float32 (float64 for float64).
-
-    The paper says "a layer normalization operation"; over channels it leaves no position louder than another.
 
     Args:
         features: ``(B, C, h, w)``.
@@ -75,20 +82,6 @@ def normalise(features: Tensor) -> Tensor:
     """
     wide = features.to(torch.promote_types(features.dtype, torch.float32)).permute(0, 2, 3, 1)
     return F.layer_norm(wide, wide.shape[-1:]).permute(0, 3, 1, 2)
-
-
-def feature_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Returns half the mean squared error of two maps (Eq. 3).
-
-    Args:
-        prediction: ``(B, C, h, w)``, normalised.
-        target: ``(B, C, h, w)``, normalised.
-
-    Example:
-        >>> feature_error(torch.ones(1, 2, 2, 2), torch.zeros(1, 2, 2, 2))
-        tensor(0.5000)
-    """
-    return 0.5 * F.mse_loss(prediction, target)
 
 
 class ContextBlock(nn.Module):
@@ -108,7 +101,7 @@ class ContextBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = max(1, channels // 2)
-        self.attend = nn.Conv2d(channels, 1, 1)
+        self.attend = nn.Conv2d(channels, 1, 1, bias=False)  # a softmax would take a bias away again
         self.transform = nn.Sequential(
             nn.Conv2d(channels, hidden, 1), nn.LayerNorm((hidden, 1, 1)), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
         )
@@ -123,9 +116,17 @@ class ContextBlock(nn.Module):
             x: ``(B, C, h, w)``.
         """
         share = self.attend(x).flatten(2).softmax(2)  # (B, 1, h * w)
-        context = x.flatten(2) @ share.mT.to(x.dtype)  # (B, C, 1)
-        out: Tensor = x + self.transform(context[..., None])
-        return out
+        context = (x.flatten(2) @ share.mT.to(x.dtype))[..., 0]  # (B, C)
+        return x + self.added(context)[..., None, None]
+
+    def added(self, context: Tensor) -> Tensor:
+        """Returns what is added to every position, ``(B, C)``.
+
+        Args:
+            context: ``(B, C)``, the mean over positions, weighted by a softmax of `attend`.
+        """
+        out: Tensor = self.transform(context[..., None, None])
+        return out[..., 0, 0]
 
 
 class Relation(nn.Module):
@@ -151,6 +152,18 @@ class Relation(nn.Module):
             target: ``(B, C, h, w)``.
         """
         return (self.student(prediction) - self.teacher(target)).square().sum() / len(prediction)
+
+    def queries(self) -> Tensor:
+        """Returns the weights of both attentions, ``(2, C)``."""
+        return torch.stack([block.attend.weight.flatten() for block in (self.student, self.teacher)])
+
+    def added(self, contexts: Tensor) -> Tensor:
+        """Returns what the student's block adds to every position less what the teacher's adds, ``(B, C)``.
+
+        Args:
+            contexts: ``(2, B, C)``, of the student's and of the teacher's map.
+        """
+        return self.student.added(contexts[0]) - self.teacher.added(contexts[1])
 
 
 def channel_logit_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:

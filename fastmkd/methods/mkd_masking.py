@@ -148,8 +148,8 @@ class MaskedBackbone:
         """Masks the one call of the part inside the context.
 
         Args:
-            draw: ``(batch, grid, device)`` -> the mask ``(B, gh, gw)`` and how many cells of the batch are visible, or None
-                where nothing is to be hidden.
+            draw: ``(batch, grid, device)`` -> the mask ``(B, gh, gw)`` and how many cells of the batch are visible, or
+                None where nothing is to be hidden.
         """
         sight, unit = Sight(self.patch), math.lcm(self.patch, self.stride)
 

@@ -8,6 +8,8 @@ from .masked_patch_loss import masked_patch_loss
 from .masked_patch_loss_grad import masked_patch_loss_grad
 from .packed_attention import packed_attention
 from .patch_embed import patch_embed
+from .recovered_loss import recovered_loss, relation_error
+from .recovered_loss_grad import recovered_loss_grad
 from .registry import OPS, get_op
 from .select_tokens import select_tokens
 from .stitch_tokens import stitch_tokens
@@ -25,6 +27,9 @@ __all__ = [
     "masked_patch_loss_grad",
     "packed_attention",
     "patch_embed",
+    "recovered_loss",
+    "recovered_loss_grad",
+    "relation_error",
     "select_tokens",
     "stitch_tokens",
     "tap_table",

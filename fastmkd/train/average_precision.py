@@ -84,7 +84,7 @@ def average_precision(pictures: BoxPictures, found: Mapping[int, Tensor]) -> dic
         >>> one, corners = torch.tensor([1]), torch.tensor([[2.0, 2, 12, 12]])
         >>> table = BoxTable(corners, one, one > 1, torch.tensor([100.0]), torch.tensor([0, 1]))
         >>> pictures = BoxPictures([Path("a.png")], one, torch.tensor([[16, 16]]), table)
-        >>> average_precision(pictures, {0: torch.tensor([[2.0, 2, 12, 12, 0.9, 1]])})["map"]
+        >>> round(average_precision(pictures, {0: torch.tensor([[2.0, 2, 12, 12, 0.9, 1]])})["map"], 6)
         100.0
     """
     from pycocotools.cocoeval import COCOeval

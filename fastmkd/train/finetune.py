@@ -56,34 +56,53 @@ VITS = ("vision_transformer", "deit", "beit", "eva", "cait")
 KEPT_AUGMENT = ("crop", "pad", "scale", "flip")
 
 
-def tuning_recipe(command: Literal["finetune", "probe"], source: str | Path, options: Sequence[str] = ()) -> Recipe:
+def tuning_recipe(
+    command: Literal["finetune", "probe"],
+    source: str | Path | Recipe,
+    options: Sequence[str] = (),
+    changes: dict[str, Any] | None = None,
+) -> Recipe:
     """Makes the recipe that fine-tunes or probes a network.
 
     Args:
         command: whose defaults.
-        source: folder of a finished run, which gives seed, data, crops and flips, and the student; or a file of
-            weights, with student.name among the options.
+        source: folder of a finished run, which gives seed, data, crops and flips, and the student; or the recipe of
+            one, which may yet be to come; or a file of weights, with student.name among the options.
         options: command-line options of the recipe; they win.
+        changes: the same by dotted key; they win over `options`.
 
     Raises:
-        UserError: the run has not finished, the source is neither, the student has no name, or an option is wrong.
+        UserError: the run has not finished, the source is none of these, the student has no name, or an option is
+            wrong.
 
     Example:
+        >>> tuning_recipe("probe", Recipe(name="mae", seed=3)).student.backbone
+        'runs/mae/model.safetensors'
         >>> tuning_recipe("probe", "mine.yaml")
         Traceback (most recent call last):
         fastmkd.train.errors.UserError: mine.yaml is a recipe; train it and give the folder of its run, runs/NAME.
     """
-    source, defaults = Path(source), dict(DEFAULTS[command])
-    if source.is_dir():
-        defaults |= _of_run(RunDir(source))
-        defaults |= {"name": f"{source.resolve().name}-{command}", "run.root": str(source.parent)}
+    defaults = dict(DEFAULTS[command])
+    if isinstance(source, Recipe):
+        defaults |= _of_run(source, RunDir(source.run_dir), command)
+    elif (source := Path(source)).is_dir():
+        run = RunDir(source)
+        description = describe(run)
+        stored, task = description["recipe"], description["data"].get("task", "classification")
+        if task != "classification":
+            raise UserError(
+                f"the run in {run.path} is one of {task}, whose student needs no other head; train a recipe of "
+                "Supervised with student.weights to go on with it."
+            )
+        found = recipe_from_dict({key: stored[key] for key in ("seed", "data", "student", "augment")})
+        defaults |= _of_run(found, run, command)
     elif source.suffix in (".yaml", ".yml"):
         raise UserError(f"{source} is a recipe; train it and give the folder of its run, runs/NAME.")
     elif source.is_file():
         defaults |= {"name": f"{source.stem}-{command}", "student.name": None, "student.backbone": str(source)}
     else:
         raise UserError(f"{source} does not exist; give the folder of a finished run, or a file of weights.")
-    recipe = load_recipe(options=options, defaults=defaults)
+    recipe = load_recipe(options=options, changes=changes, defaults=defaults)
     if not recipe.student.name:
         raise UserError(
             f"student.name is not given, and {source} does not say which network it is of; give --student.name (and "
@@ -94,17 +113,12 @@ def tuning_recipe(command: Literal["finetune", "probe"], source: str | Path, opt
     return recipe
 
 
-def _of_run(run: RunDir) -> dict[str, Any]:
-    description = describe(run)
-    stored, task = description["recipe"], description["data"].get("task", "classification")
-    if task != "classification":
-        raise UserError(
-            f"the run in {run.path} is one of {task}, whose student needs no other head; train a recipe of Supervised "
-            "with student.weights to go on with it."
-        )
-    recipe = recipe_from_dict({key: stored[key] for key in ("seed", "data", "student", "augment")})
+def _of_run(recipe: Recipe, run: RunDir, command: str) -> dict[str, Any]:
+    """What a run hands on."""
     kwargs = {key: value for key, value in recipe.student.kwargs.items() if key != "num_classes"}  # a new classifier
     return {
+        "name": f"{run.path.resolve().name}-{command}",
+        "run.root": str(run.path.parent),
         "seed": recipe.seed,
         "student.name": recipe.student.name,
         "student.kwargs": kwargs,

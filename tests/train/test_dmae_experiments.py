@@ -53,12 +53,10 @@ def learns_labels(step: Step) -> bool:
 CHECKS: dict[str, Callable[[Step], Any]] = {
     "student_layer=3": lambda s: s.method.layers == [(3, 6)] and len(s.tokens) == 6,
     "student_layer=6": lambda s: s.method.layers == [(6, 12)] and len(s.tokens) == 12,
-    "student_layer=9": lambda s: s.method.layers[0][0] == 9,
     "student_layer=12": lambda s: s.method.layers == [(12, 24)] and len(s.tokens) == 24,
     "student_layer=[6,12]": lambda s: (
         s.method.layers == [(6, 12), (12, 24)] and {"align.6", "align.12"} <= s.terms.keys()
     ),
-    "teacher_layer=18": lambda s: s.method.layers == [(9, 18)] and len(s.tokens) == 18,
     "teacher_layer=24": lambda s: s.method.layers == [(9, 24)] and len(s.tokens) == 24,
     "teacher_layer=6": lambda s: s.method.layers == [(9, 6)] and len(s.tokens) == 6,
     "mask_ratio=0.9": lambda s: visible(s) in (20, 10, 4, 2),
@@ -66,11 +64,9 @@ CHECKS: dict[str, Callable[[Step], Any]] = {
     "mask_ratio=0.98": lambda s: visible(s) == 4,
     "mask_ratio=0.99": lambda s: visible(s) == 2,
     "head=linear": lambda s: linear_layers(s) == 1,
-    "head=mlp2": lambda s: linear_layers(s) == 2,
     "head=mlp3": lambda s: linear_layers(s) == 3,
     "decoder_depth=2": lambda s: len(s.method.heads["decoder"].blocks) == 2,
     "decoder_depth=4": lambda s: len(s.method.heads["decoder"].blocks) == 4,
-    "decoder_depth=8": lambda s: len(s.method.heads["decoder"].blocks) == 8,
     "loss=l2": lambda s: s.method.heads["project"].loss == "l2",
     "alpha=": lambda s: s.terms["loss"] == pytest.approx(s.terms["mae"] + s.method.alpha * s.terms["align"], rel=1e-4),
     "alpha=0.5": lambda s: s.method.alpha == 0.5,
@@ -104,7 +100,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_tables_are_read():
-    assert len(ROWS) >= 38
+    assert len(ROWS) >= 34
     for part in CHECKS:
         assert any(part in options for _, options in ROWS.values()), part
 

@@ -90,13 +90,20 @@ def test_a_run_that_stopped_ends_with_the_same_bits(folder):
 
 
 def test_it_learns(folder):
-    options = ["--schedule.epochs=12", "--run.eval_every=12", "--augment.crop=none", "--ema=null", "--optim.accumulate=1"]
+    options = [
+        "--schedule.epochs=12",
+        "--run.eval_every=12",
+        "--augment.crop=none",
+        "--ema=null",
+        "--optim.accumulate=1",
+    ]
     result = train(load_recipe("masks.yaml", options))
     assert result["pixel_accuracy"] > 60
 
 
 def test_the_same_set_serves_detectors(folder):
-    kwargs = "{backbone: timm.resnet18, backbone_kwargs: {layers: [1, 1, 1, 1], channels: [8, 8, 16, 16]}, out_channels: 32, width: 32}"
+    body = "{layers: [1, 1, 1, 1], channels: [8, 8, 16, 16]}"
+    kwargs = f"{{backbone: timm.resnet18, backbone_kwargs: {body}, out_channels: 32, width: 32}}"
     Path("boxes.yaml").write_text(
         f"""
 name: boxes

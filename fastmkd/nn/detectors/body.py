@@ -120,7 +120,10 @@ class TimmBody(_Freezing):
         Args:
             images: ``(B, 3, H, W)``.
         """
-        return OrderedDict((str(i), x) for i, x in enumerate(self.model(images)))
+        maps = self.model(images)
+        if getattr(self.model, "output_fmt", "NCHW") == "NHWC":  # Swin, unless it was made otherwise
+            maps = [x.permute(0, 3, 1, 2) for x in maps]
+        return OrderedDict((str(i), x) for i, x in enumerate(maps))
 
     def from_classifier(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gives weights of the whole classifier the names they have here.
@@ -192,7 +195,11 @@ def build_body(
     """
     import timm
 
-    resnets = torchvision.models.list_models(module=torchvision.models.resnet)
+    resnets = [
+        known
+        for known in torchvision.models.list_models(module=torchvision.models)
+        if torchvision.models.get_model_builder(known).__module__ == torchvision.models.resnet.__name__
+    ]
     body: TorchvisionBody | TimmBody
     if name in resnets or name == "mobilenet_v2":
         network: Any = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None, **kwargs)

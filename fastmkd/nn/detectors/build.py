@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ def build_detector(
 
     Raises:
         ValueError: an unknown detector or backbone, sizes or anchors that make no sense.
-        TypeError: an argument that torchvision does not know.
+        TypeError: an argument that the detector does not know.
 
     Example:
         >>> import torch
@@ -122,15 +123,16 @@ def _anchors(sizes: Sequence[Sequence[int]], ratios: Sequence[float]) -> AnchorG
 def _retinanet(backbone: Backbone, num_classes: int, anchor_sizes: Sequence[int] | None, **kwargs: Any) -> nn.Module:
     sides = anchor_sizes or (32, 64, 128, 256, 512)
     anchors = _anchors([[int(side * octave) for octave in OCTAVES] for side in sides], RATIOS)
-    return RetinaNet(backbone, num_classes + 1, anchor_generator=anchors, **kwargs)
+    return _make(RetinaNet, backbone, num_classes=num_classes + 1, anchor_generator=anchors, **kwargs)
 
 
 def _fcos(backbone: Backbone, num_classes: int, anchor_sizes: Sequence[int] | None, **kwargs: Any) -> nn.Module:
-    if backbone.out_channels % 32:
-        raise ValueError(f"out_channels is {backbone.out_channels}; FCOS normalises in 32 groups: take a multiple.")
+    if backbone.out_channels % 32 or backbone.out_channels < 64:  # on a level of one pixel a group of 1 has no variance
+        raise ValueError(f"out_channels is {backbone.out_channels}; FCOS normalises in 32 groups: take 64, 96, ...")
     anchors = _anchors([[side] for side in anchor_sizes or (8, 16, 32, 64, 128)], (1.0,))
     # 0.05 is FCOS's own threshold; with torchvision's 0.2 a network that is not sure yet finds nothing at all.
-    return FCOS(backbone, num_classes + 1, anchor_generator=anchors, **{"score_thresh": 0.05, **kwargs})
+    kwargs = {"score_thresh": 0.05, **kwargs}
+    return _make(FCOS, backbone, num_classes=num_classes + 1, anchor_generator=anchors, **kwargs)
 
 
 def _faster_rcnn(
@@ -143,13 +145,23 @@ def _faster_rcnn(
     anchors = _anchors([[side] for side in anchor_sizes or (32, 64, 128, 256, 512)], RATIOS)
     head = TwoMLPHead(backbone.out_channels * 7**2, representation_size)
     predictor = FastRCNNPredictor(representation_size, num_classes + 1)
-    return FasterRCNN(backbone, rpn_anchor_generator=anchors, box_head=head, box_predictor=predictor, **kwargs)
+    parts = {"rpn_anchor_generator": anchors, "box_head": head, "box_predictor": predictor}
+    return _make(FasterRCNN, backbone, **parts, **kwargs)
 
 
 def _reppoints(backbone: Backbone, num_classes: int, anchor_sizes: Sequence[int] | None, **kwargs: Any) -> nn.Module:
     if anchor_sizes is not None:
         raise ValueError(f"anchor_sizes is {list(anchor_sizes)}, but RepPoints has no anchors; leave it out.")
-    return RepPoints(backbone, num_classes + 1, **kwargs)
+    return _make(RepPoints, backbone, num_classes=num_classes + 1, **kwargs)
+
+
+def _make(kind: type[nn.Module], backbone: Backbone, **kwargs: Any) -> nn.Module:
+    """Makes a detector; these classes hand what they do not know to their transform, which takes anything."""
+    known = {*inspect.signature(kind).parameters, "size_divisible", "fixed_size"}
+    unknown = sorted(kwargs.keys() - known)
+    if unknown:
+        raise TypeError(f"{kind.__name__} does not know {', '.join(unknown)}.")
+    return kind(backbone, **kwargs)
 
 
 def _two_more(out_channels: int) -> ExtraFPNBlock:

@@ -1,0 +1,220 @@
+"""An MKD training step, RetinaNet with ResNet-50 from ResNet-101: its masked backbone, and the whole step.
+
+The other way is what one writes without the library: convolutions whose input is multiplied by the mask (the dense
+twin), every module of the decoders by itself, maps for both losses. Teacher, pyramid, heads and optimizer are the same
+in both, and the teacher runs no more than its backbone and pyramid in either.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmkd import MKD, convert_cnn, pack, random_mask
+from fastmkd.reference.dense import dense_twin, upsampled
+
+from ..models import exact_dtype
+from ..registry import Answer, Case, Setting, Variant, benchmark
+from .masked_resnet import FLOORS, read_gradients, step
+from .mkd_decoder import EAGER, GLOBAL_WEIGHT, WEIGHT
+
+SIDE, CELL, CLASSES = 512, 32, 80
+KINDS = ("masked backbone", "training step")
+
+Targets = list[dict[str, Tensor]]
+Work = tuple[nn.Module, Callable[[], Tensor]]  # what is trained, and its loss
+
+
+def networks(setting: Setting, names: tuple[str, str] = ("resnet50", "resnet101"), **options: Any) -> list[nn.Module]:
+    """Student in training mode and frozen teacher, random weights, channels-last.
+
+    Args:
+        setting: where they go.
+        names: backbones of student and teacher.
+        options: of `build_detector`.
+    """
+    from fastmkd.nn.detectors import build_detector  # torchvision, which not every benchmark needs
+
+    torch.manual_seed(0)
+    size = {"image_size": (SIDE, SIDE), **options}
+    pair = [build_detector("retinanet", name, CLASSES, **size) for name in names]
+    student, teacher = (net.to(setting.device, memory_format=torch.channels_last) for net in pair)  # type: ignore[call-overload]
+    return [student.train(), teacher.eval().requires_grad_(False)]
+
+
+def scenes(batch: int, side: int, setting: Setting) -> tuple[list[Tensor], Targets]:
+    """Random images with four boxes each; the same for each call.
+
+    Args:
+        batch: images.
+        side: pixels.
+        setting: where they go.
+    """
+    generator = torch.Generator().manual_seed(1)
+    images, targets = list(torch.rand(batch, 3, side, side, generator=generator).to(setting.device)), []
+    for _ in images:
+        corner = torch.rand(4, 2, generator=generator) * side / 2
+        boxes = torch.cat([corner, corner + side / 8 + torch.rand(4, 2, generator=generator) * side / 4], 1)
+        labels = torch.randint(1, CLASSES + 1, (4,), generator=generator)
+        targets.append({"boxes": boxes.to(setting.device), "labels": labels.to(setting.device)})
+    return images, targets
+
+
+class MultipliedBody(nn.Module):
+    """A detector's body as plain masked PyTorch.
+
+    Args:
+        body: whose parameters are used.
+        visible: ``(B, gh, gw)`` bool.
+    """
+
+    def __init__(self, body: nn.Module, visible: Tensor) -> None:
+        super().__init__()
+        self.twin, self.visible = dense_twin(body), visible
+
+    def forward(self, images: Tensor) -> Any:
+        """Returns the body's maps, zeros where hidden.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+        """
+        maps = self.twin(images, self.visible)
+        for name, x in maps.items():
+            maps[name] = x * upsampled(self.visible, x.shape[2:])[:, None]
+        return maps
+
+
+def eager_step(student: Any, teacher: Any, heads: nn.ModuleDict, images: list[Tensor], targets: Targets) -> Tensor:
+    """MKD's loss without the library.
+
+    Args:
+        student: a detector whose body is a `MultipliedBody`.
+        teacher: a detector.
+        heads: decoders and relations.
+        images: ``(3, H, W)`` each.
+        targets: as torchvision has them.
+    """
+    seen: dict[str, Any] = {}
+    hook = student.backbone.register_forward_hook(lambda _, args, out: seen.update(images=args[0], levels=out))
+    losses = student(images, targets)
+    hook.remove()
+    with torch.no_grad():
+        taught = teacher.backbone(seen["images"])
+    maps, visible = list(seen["levels"].values()), student.backbone.body.visible
+    feat, relation = EAGER("decoders and losses", heads, maps, list(taught.values()), visible)
+    return sum(losses.values()) + WEIGHT * feat + GLOBAL_WEIGHT * relation
+
+
+def _grid(setting: Setting) -> list[dict[str, Any]]:
+    shares = [30] if setting.quick and not setting.on_gpu else [10, 30]
+    return [{"kind": kind, "percent": percent} for kind in KINDS for percent in shares]
+
+
+@benchmark(
+    "mkd_step", summary="MKD step, RetinaNet R50 from R101 at 512 pixels: masked backbone, whole step", grid=_grid
+)
+def mkd_step(setting: Setting, kind: str, percent: int) -> Case:
+    """Random weights, images and masks; batch norms learn; SGD with momentum."""
+    student, teacher = networks(setting)
+    return step_case(setting, student, teacher, kind, percent, *scenes(16 if setting.on_gpu else 4, SIDE, setting))
+
+
+def step_case(
+    setting: Setting, student: Any, teacher: Any, kind: str, percent: int, images: list[Tensor], targets: Targets
+) -> Case:
+    """The case of one kind for a pair of detectors.
+
+    Args:
+        setting: device and dtype.
+        student: in training mode; copied.
+        teacher: in eval mode.
+        kind: one of `KINDS`.
+        percent: share of the cells that is hidden.
+        images: ``(3, H, W)`` each, of one size that cells tile.
+        targets: as torchvision has them.
+    """
+    batch, grid = len(images), tuple(side // CELL for side in images[0].shape[1:])
+    draw = lambda: torch.Generator().manual_seed(4)  # noqa: E731
+    visible = random_mask(batch, grid, percent / 100, generator=draw()).to(setting.device)  # type: ignore[arg-type]
+    build = _backbone if kind == KINDS[0] else _whole
+    variants = build(setting, student, teacher, images, targets, visible, percent / 100, draw)
+    return Case(
+        label=f"{percent} % hidden",
+        panel=f"{kind}, RetinaNet R50 from R101, batch {batch}",
+        variants=variants,
+        baseline="eager",
+        items=batch,
+        min_rounds=5,
+        params={"batch": batch, "percent": percent, "side": images[0].shape[1], "kind": kind},
+    )
+
+
+def _backbone(
+    setting: Setting, student: Any, _teacher: Any, images: list[Tensor], _targets: Targets, visible: Tensor, *_: Any
+) -> list[Variant]:
+    """Body alone, from a batch tensor to the sum of its squared maps."""
+    whole = torch.stack(images).to(memory_format=torch.channels_last)
+
+    def size(maps: Any) -> Tensor:
+        wide = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in maps.values())
+        return torch.stack([x.square().mean() for x in wide]).sum()
+
+    def eager(wide: torch.dtype) -> Work:
+        own, x = MultipliedBody(copy.deepcopy(student.backbone.body).to(wide), visible), whole.to(wide)
+        return own, lambda: size(own(x))
+
+    packed = convert_cnn(copy.deepcopy(student.backbone.body))
+
+    def ours() -> Tensor:
+        return size({name: x.to_dense() for name, x in packed(pack(whole, visible)).items()})
+
+    return _variants(setting, eager, eager(torch.float32), (packed, ours))
+
+
+def _whole(
+    setting: Setting,
+    student: Any,
+    teacher: Any,
+    images: list[Tensor],
+    targets: Targets,
+    visible: Tensor,
+    ratio: float,
+    draw: Callable[[], torch.Generator],
+) -> list[Variant]:
+    """Everything from the images to new weights."""
+    method = MKD(copy.deepcopy(student), teacher, mask_ratio=ratio, image_size=images[0].shape[1])
+    heads = copy.deepcopy(method.heads)
+
+    def eager(wide: torch.dtype) -> Work:
+        own, other, parts = (copy.deepcopy(net).to(wide) for net in (student, teacher, heads))
+        pictures = [image.to(wide) for image in images]
+        boxes = [{**target, "boxes": target["boxes"].to(wide)} for target in targets]
+        own.backbone.body = MultipliedBody(own.backbone.body, visible)
+        both = nn.ModuleList([own, parts])
+        return both, lambda: eager_step(own, other, parts, pictures, boxes)
+
+    def ours() -> Tensor:
+        method.generator = draw()  # the same mask in every step
+        return method(images, targets).loss
+
+    return _variants(setting, eager, eager(torch.float32), (nn.ModuleList([method.student, method.heads]), ours))
+
+
+def _variants(setting: Setting, eager: Callable[[torch.dtype], Work], plain: Work, ours: Work) -> list[Variant]:
+    """Steps of both ways; what they must agree on are the loss and some gradients."""
+
+    def exact() -> list[Tensor]:
+        network, loss = eager(exact_dtype(setting))
+        value = loss()
+        value.backward()
+        return read_gradients(network)(value.detach())
+
+    answer = Answer(exact, floor=FLOORS[setting.dtype])
+    return [
+        Variant(name, step(setting, *work), answer, plain=name == "eager", read=read_gradients(work[0]))
+        for name, work in (("eager", plain), ("fastmkd", ours))
+    ]
