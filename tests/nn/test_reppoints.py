@@ -134,13 +134,12 @@ def pictures() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
     return [first, second, empty], targets
 
 
-@pytest.mark.parametrize("kind", ["moment", "minmax"])
-def test_it_learns_a_few_pictures_by_heart(kind):
-    model = tiny(points_to_box=kind)
-    images, targets = pictures()
+def test_it_learns_two_pictures_by_heart():
+    model = tiny()
+    images, targets = (part[:2] for part in pictures())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     totals = []
-    for _ in range(150):
+    for _ in range(75):
         losses = model(images, targets)
         total = sum(losses.values())
         optimizer.zero_grad()
@@ -148,7 +147,7 @@ def test_it_learns_a_few_pictures_by_heart(kind):
         optimizer.step()
         totals.append(float(total))
         assert all(torch.isfinite(value) for value in losses.values())
-    assert totals[-1] < 0.2 * totals[0]
+    assert totals[-1] < 0.05 * totals[0]
     model.eval()
     with torch.no_grad():
         found = model(images)
@@ -160,8 +159,9 @@ def test_it_learns_a_few_pictures_by_heart(kind):
             assert box_iou(mine, box[None]).max() > 0.75
 
 
-def test_every_parameter_is_trained_and_nothing_else_is_told():
-    model = tiny()
+@pytest.mark.parametrize("kind", ["moment", "minmax"])
+def test_every_parameter_is_trained_and_nothing_else_is_told(kind):
+    model = tiny(points_to_box=kind)
     images, targets = pictures()
     losses = model(images, targets)
     assert sorted(losses) == ["bbox_guess", "bbox_refined", "classification"]

