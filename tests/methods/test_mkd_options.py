@@ -277,6 +277,20 @@ def test_swin_by_tokens():
     assert all(not stage._forward_pre_hooks and not stage._forward_hooks for stage in nets[0].layers)
 
 
+def test_autocast():
+    """Low precision for products, float32 for losses and gradients; about the same loss."""
+    losses = []
+    for enabled in (False, True):
+        method = make(generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = method(*batch())
+        out.loss.backward()
+        assert out.loss.dtype == out.terms["feat"].dtype == torch.float32
+        assert all(p.grad.dtype == torch.float32 for p in method.parameters() if p.requires_grad)
+        losses.append(out.loss.detach())
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0.0)
+
+
 BAD_NUMBERS = [
     ({"mask_ratio": 1.0}, r"mask_ratio is 1.0; expected a share"),
     ({"last_mask_ratio": -0.1}, r"last_mask_ratio is -0.1"),
