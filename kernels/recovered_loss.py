@@ -27,7 +27,7 @@ FULL_GRID = 528  # four programs for each multiprocessor of a large GPU
 MOST_TILES = 8  # of a program, so that what it writes is little
 JOINED = 16  # programs whose sums the second kernel reads at once
 EPS = tl.constexpr(1e-5)  # on the variance
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 NUMBERS = tl.constexpr(5)  # of a program: greatest logits and denominators of student and teacher, squares
 
 

@@ -1,6 +1,6 @@
 // A recovered map against a teacher's, and the gradient: a tile of positions of both stays in the nearest caches from
 // the first sum to the last product. A teacher's map whose channels lie far apart is turned while it is read.
-#include "core/simd.h"
+#include "core/conv_tile.h"
 
 namespace fastmkd::FASTMKD_ISA {
 namespace {
@@ -56,15 +56,19 @@ void read_teacher(const RecoveredArgs& args, const Tile& tile, const Channels& c
     }
     return;
   }
-  for (int64_t i = 0; i < tile.count; ++i) store(to + i * args.padded + channels.last, Floats{});
+  // Each channel is a line of its own, too many for a processor to guess the next tile's: they are asked for.
   const T* from = map + y * width + tile.x;
-  for (int64_t c = 0; c < args.channels; ++c, from += plane) {
-    float line[kTile];
+  for (int64_t c = 0; c < args.channels; c += kLanes) {
     for (int64_t i = 0; i < tile.count; i += kLanes) {
-      const int64_t left = tile.count - i;
-      store(line + i, left >= kLanes ? load(from + i) : load_part(from + i, left));
+      Floats block[kLanes]{};
+      for (int64_t k = 0; k < kLanes && c + k < args.channels; ++k) {
+        const T* line = from + (c + k) * plane + i;
+        __builtin_prefetch(line + kTile);
+        block[k] = tile.count - i >= kLanes ? load(line) : load_part(line, tile.count - i);
+      }
+      transpose(block);
+      for (int64_t k = 0; k < kLanes; ++k) store(to + (i + k) * args.padded + c, block[k]);
     }
-    for (int64_t i = 0; i < tile.count; ++i) to[i * args.padded + c] = line[i];
   }
 }
 

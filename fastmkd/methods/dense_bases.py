@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -192,8 +192,8 @@ class MGD(DenseBase):
             teacher: of each level.
             step: not looked at.
         """
-        errors = []
-        for s, t, generate in zip(_adapted(heads, student, teacher), teacher, heads["generate"], strict=True):
+        errors, generators = [], cast(nn.ModuleList, heads["generate"])
+        for s, t, generate in zip(_adapted(heads, student, teacher), teacher, generators, strict=True):
             kept = torch.rand(len(s), 1, *s.shape[2:], device=s.device) >= self.mask_ratio
             errors.append((_wide(generate(s * kept.to(s.dtype))) - _wide(t)).square().sum() / len(s))
         return torch.stack(errors).sum()
@@ -261,9 +261,9 @@ class FGD(DenseBase):
             step: its boxes and its size count.
         """
         assert step.boxes is not None
-        imitation = heads["imitation"]
+        imitation, relations = cast(FGDImitation, heads["imitation"]), cast(nn.ModuleList, heads["relation"])
         total: Tensor = imitation(student, teacher, step.boxes, step.image_size, step.epoch)
-        for adapt, relation, s, t in zip(imitation.levels, heads["relation"], student, teacher, strict=True):
+        for adapt, relation, s, t in zip(imitation.levels, relations, student, teacher, strict=True):
             s, t = _wide(adapt(s)), _wide(t)
             pairs = zip(attention_weights(s, self.temperature), attention_weights(t, self.temperature), strict=True)
             attention = torch.stack([(a - b).abs().sum() / len(s) for a, b in pairs]).sum()
@@ -343,7 +343,7 @@ def _adapters(levels: Sequence[LevelShape]) -> nn.ModuleList:
 
 def _adapted(heads: nn.ModuleDict, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
     """The student's levels in the teacher's width and size."""
-    levels = zip(heads["adapt"], student, teacher, strict=True)
+    levels = zip(cast(nn.ModuleList, heads["adapt"]), student, teacher, strict=True)
     return [resize(adapt(s), (t.shape[2], t.shape[3])) for adapt, s, t in levels]
 
 

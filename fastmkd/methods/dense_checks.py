@@ -70,7 +70,7 @@ def check_detection_batch(student: Any, images: Any, targets: Any) -> None:
 
 def _classes(student: Any) -> tuple[int, int] | None:
     """First and last label that a torchvision detector has, None if it does not say."""
-    one_stage = getattr(getattr(student, "head", None), "classification_head", None)
+    one_stage: Any = getattr(getattr(student, "head", None), "classification_head", None)
     if hasattr(one_stage, "num_classes"):
         return 0, one_stage.num_classes - 1
     if isinstance(getattr(student, "num_classes", None), int):

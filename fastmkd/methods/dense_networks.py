@@ -198,9 +198,11 @@ def probe_levels(
                 f"the layer {layer!r} of the {role} lies outside of {form.features!r}, and no more of a network than "
                 "that is run for its levels."
             )
+    part: Any = network.get_submodule(form.part)
     if image_size is None and form.task != "classification":
-        image_size = PROBE_SIDE
-    channels, *size = input_shape(network.get_submodule(form.part), image_size)
+        embeds = (module for module in part.modules() if getattr(module, "strict_img_size", False))
+        image_size = next((embed.img_size for embed in embeds), None) or PROBE_SIDE  # a Swin takes one size alone
+    channels, *size = input_shape(part, image_size)
     weight = next(network.parameters())
     found: dict[str, Tensor] = {}
     images = torch.zeros(1, channels, *size, device=weight.device, dtype=weight.dtype)

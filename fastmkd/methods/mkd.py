@@ -275,9 +275,10 @@ class MKD(DenseMethod):
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], sight: Sight
     ) -> tuple[Tensor, Tensor | None]:
         """Sums over levels of both errors; L_global is None without a weight."""
-        relations = self.heads["relations"] if self.global_weight else [None] * len(self.levels)
+        decoders: Any = self.heads["decoders"]
+        relations: Any = self.heads["relations"] if self.global_weight else [None] * len(self.levels)
         errors = []
-        for level, decoder, relation in zip(self.levels, self.heads["decoders"], relations, strict=True):
+        for level, decoder, relation in zip(self.levels, decoders, relations, strict=True):
             visible = self.visible_tokens(sight, level)
             rows = decoder(student[level.name], visible)
             grid = (visible.shape[1], visible.shape[2])

@@ -246,7 +246,7 @@ def _hide(sight: Sight, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _blocks_below(module: nn.Module, patch: int, stride: int) -> list[tuple[nn.Module, int]]:
     """Blocks whose output has more than `patch` pixels between positions, those that raise it, with that number."""
-    side, sizes = 8 * stride, {}
+    side, sizes = 8 * stride, dict[nn.Module, tuple[int, int]]()
 
     def note(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if args and all(isinstance(x, Tensor) and x.dim() == 4 for x in (args[0], output)):

@@ -61,7 +61,8 @@ def mkd_pictures(method: MKD, images: Any, name: str | None = None) -> list[Pane
     ]
     if "decoders" not in method.heads:
         return panels
-    decoder, visible = method.heads["decoders"][at], method.visible_tokens(sight, level)
+    decoders: Any = method.heads["decoders"]
+    decoder, visible = decoders[at], method.visible_tokens(sight, level)
     grid = (visible.shape[1], visible.shape[2])
     restored = decoder.to_map(decoder(student, visible), grid, (teacher.shape[2], teacher.shape[3]))
     far = (normalise(restored) - normalise(teacher)).square().mean(1).sqrt()  # (B, h, w)

@@ -125,7 +125,7 @@ def encoder_macs(
         >>> import timm
         >>> vit = timm.create_model("vit_tiny_patch16_224")
         >>> f"{encoder_macs(vit, 49, 9) / encoder_macs(vit, 49):.2f}"
-        '0.75'
+        '0.76'
     """
     vit, patches, kept = _opened(model, keep)
     tokens = kept if isinstance(vit, Cait) else kept + int(vit.num_prefix_tokens)

@@ -168,7 +168,10 @@ def _without_ddp(key: str) -> str:
 
 def _check_heads(model: Any, layout: Layout, path: str | Path, role: str) -> None:
     """MoCo v3's ViT-S has twice the heads of everybody else's, which no shape in the file tells."""
-    if layout == MOCO_V3 and model.embed_dim == 384 and (heads := model.blocks[0].attn.num_heads) != 12:
+    if layout != MOCO_V3 or getattr(model, "embed_dim", 0) != 384:
+        return
+    heads = model.blocks[0].attn.num_heads
+    if heads != 12:
         raise UserError(
             f"the {role} has {heads} heads and MoCo v3's ViT-S, in {path}, 12; make it with num_heads: 12, or save the "
             f"file's base encoder alone if it was trained with {heads}."
@@ -204,8 +207,8 @@ def _fit_positions(model: Any, encoder: dict[str, Tensor], own: Mapping[str, Ten
         return ""
     grid = tuple(model.patch_embed.grid_size)
     prefix = mine.shape[1] - math.prod(grid)
-    side = math.isqrt(theirs.shape[1] - prefix)
-    if side * side + prefix != theirs.shape[1]:
+    side = math.isqrt(max(0, theirs.shape[1] - prefix))
+    if side == 0 or side * side + prefix != theirs.shape[1]:
         return ""
     encoder["pos_embed"] = resample_abs_pos_embed(theirs, list(grid), [side, side], num_prefix_tokens=prefix)
     return f"pos_embed from {side} x {side} to {grid[0]} x {grid[1]} patches"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+from two_processes import run_in_two_processes
 
 WORKER = """
 import torch, torch.distributed as dist
@@ -160,23 +157,4 @@ print("agreed")
 
 
 def test_two_processes(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, script],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        output, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors
-        assert "agreed" in output
+    run_in_two_processes(WORKER, tmp_path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dense_nets import SMALL, Segmenter
 from dpk_networks import cnn
 from dpk_networks import pictures as cnn_pictures
 from tiny_vits import TARGETS, pictures, tiny
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from fastmkd import DMAE, DPK, MaskedKD
+from fastmkd import DMAE, DPK, MKD, MaskedKD
 from fastmkd.methods import FeatureKD
 from fastmkd.methods.crd import CRD
 from fastmkd.methods.fgd import FGDImitation
@@ -154,3 +155,16 @@ def test_a_step_does_not_wait_for_the_gpu(options):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+def test_mkd_reads_no_number(monkeypatch):
+    """A masked segmenter's forward pass; a detector's asks torchvision, which asks the device."""
+    # Which layers go dense is asked of a table for the device, by its name.
+    monkeypatch.setattr("fastmkd.nn.masked_conv.goes_dense", lambda *_: False)
+    method = MKD(Segmenter(), Segmenter((4, 8, 8, 12), seed=1), mask_ratio=0.25, logits_weight=1.0, **SMALL)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        method = method.to("cuda").train()
+        targets = torch.zeros(2, 64, 64, dtype=torch.int64, device="cuda")
+        out = method(torch.rand(2, 3, 64, 64, device="cuda"), targets)
+    assert sorted(out.terms) == ["ce", "feat", "global", "logits"]
+    assert out.loss.is_cuda

@@ -199,7 +199,7 @@ def test_resume_after_sigkill(folder):
     assert_same("whole", "killed")
 
 
-def test_two_processes(folder):
+def test_two_processes(folder, capsys):
     """DDP over gloo: pictures without boxes on one of them, each picture tested once, the same scores everywhere."""
     argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29631", "-m"]
     argv += ["fastmkd.train.cli", "train", "boxes.yaml", "--run.device=cpu", "--name=ddp", "--optim.accumulate=1"]
@@ -210,6 +210,7 @@ def test_two_processes(folder):
     result = json.loads((folder / "runs/ddp/result.json").read_text())
     assert (result["images"], result["updates"]) == (5, 4)
     assert evaluate(["runs/ddp"]) == 0
+    assert f"mAP {result['map']:.2f} %" in capsys.readouterr().out  # one process says the same
     assert done.stdout.count("ddp: Supervised") == 1
 
 

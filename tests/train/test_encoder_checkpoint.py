@@ -262,6 +262,7 @@ def test_dinov2(tmp_path, side, registers, gated, kind):
     [
         ({"pos_embed": torch.zeros(1, 12, WIDTH)}, {}, "1 of another shape: pos_embed"),  # 11 patches are no square
         ({"pos_embed": torch.zeros(1, 50, 24)}, {}, "1 of another shape: pos_embed"),
+        ({"pos_embed": torch.zeros(1, 1, WIDTH)}, {}, "1 of another shape: pos_embed"),
         ({}, {"init_values": None}, r"4 foreign: blocks\.0\.ls1\.gamma"),
         ({"register_tokens": torch.zeros(1, 4, WIDTH)}, {}, "1 foreign: reg_token"),
         ({}, {"reg_tokens": 4}, "1 missing: reg_token"),
