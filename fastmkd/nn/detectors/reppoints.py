@@ -72,7 +72,8 @@ class RepPointsHead(nn.Module):
                 nn.init.normal_(layer.weight, std=0.01)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.class_out[1].bias, -math.log(99))  # focal loss starts from a probability of 1 %
+        last: Any = self.class_out[1]
+        nn.init.constant_(last.bias, -math.log(99))  # focal loss starts from a probability of 1 %
 
     def forward(self, levels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Returns for each level logits, first points and refined points.
@@ -207,13 +208,13 @@ class RepPoints(nn.Module):
     ) -> dict[str, Tensor]:
         """Focal loss, and smooth L1 of the corners in units of `BASE` strides; sums over the batch / its positives."""
         classification, guess_loss, refined_loss = logits.sum() * 0, first.sum() * 0, refined.sum() * 0
-        guessed = answered = 0
+        guessed = answered = torch.zeros((), dtype=torch.int64, device=logits.device)
         for score, before, after, target in zip(logits, first, refined, targets, strict=True):
             truth, labels = target["boxes"].float(), target["labels"]
             owner = assign_by_centre(truth, sizes, self.strides)
             here = owner >= 0
             guess_loss = guess_loss + _corner_loss(before[here], truth[owner[here]], steps[here])
-            guessed += here.sum()
+            guessed = guessed + here.sum()
             # The first boxes decide which places answer for an object in the end (Section 3.2).
             owner = assign_by_overlap(box_iou(truth, before.detach()))
             here = owner >= 0
@@ -222,8 +223,8 @@ class RepPoints(nn.Module):
             wanted[here, labels[owner[here]]] = 1.0
             judged = owner != IGNORED
             classification = classification + sigmoid_focal_loss(score[judged], wanted[judged], reduction="sum")
-            answered += here.sum()
-        guessed, answered = (torch.as_tensor(n, device=logits.device).clamp(min=1) for n in (guessed, answered))
+            answered = answered + here.sum()
+        guessed, answered = guessed.clamp(min=1), answered.clamp(min=1)
         return {
             "classification": classification / answered,
             "bbox_guess": 0.5 * guess_loss / guessed,
