@@ -13,6 +13,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from fastmkd.nn.detectors.reppoints import RepPoints
+
 SMALL: dict[str, Any] = {"decoder_depth": 1, "decoder_width": 16, "decoder_heads": 2, "mlp_ratio": 2.0}
 CLASSES = 4  # with the background
 
@@ -46,7 +48,7 @@ def pyramid(
 
 
 def detector(kind: str = "retinanet", seed: int = 0, size: int = 96, **backbone: Any) -> Any:
-    """RetinaNet, FCOS or Faster R-CNN; images are made `size` pixels."""
+    """RetinaNet, FCOS, RepPoints or Faster R-CNN; images are made `size` pixels."""
     torch.manual_seed(seed)
     if kind == "fcos":
         backbone["out"] = 32  # its head has 32 groups
@@ -56,6 +58,8 @@ def detector(kind: str = "retinanet", seed: int = 0, size: int = 96, **backbone:
         return RetinaNet(body, CLASSES, **sides)
     if kind == "fcos":
         return FCOS(body, CLASSES, **sides)
+    if kind == "reppoints":
+        return RepPoints(body, CLASSES, width=32, **sides)
     anchors = AnchorGenerator(tuple((side,) for side in (8, 16, 32, 64, 96)), ((1.0,),) * 5)
     return FasterRCNN(body, CLASSES, rpn_anchor_generator=anchors, rpn_pre_nms_top_n_train=50,
                       rpn_post_nms_top_n_train=20, **sides)  # fmt: skip

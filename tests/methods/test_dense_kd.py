@@ -91,7 +91,7 @@ def test_fgd_by_hand():
 
 
 @pytest.mark.parametrize("base", ["mgd", "fgd", DPKFGD(ratio=0.5, **SMALL_DPK), "fitnet", "cwd"])
-@pytest.mark.parametrize("kind", ["retinanet", "faster_rcnn"])
+@pytest.mark.parametrize("kind", ["retinanet", "reppoints", "faster_rcnn"])
 def test_gradients_reach_everything(base, kind):
     torch.manual_seed(0)
     method = fastmkd.DenseKD(detector(kind), teacher_of(kind), base=base, logits_weight=1.0)

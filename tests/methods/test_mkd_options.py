@@ -168,7 +168,17 @@ def test_inherit_copies_what_fits_and_names_the_rest():
     assert not any(name.startswith("backbone.body") for name in (*method.inherited, *method.not_inherited))
 
 
-@pytest.mark.parametrize("kind", ["retinanet", "fcos", "faster_rcnn"])
+def class_map(kind, network, level):
+    """``(B, K, h, w)`` of one level, as the head says it."""
+    if kind == "faster_rcnn":
+        return network.rpn.head([level])[0][0]
+    if kind == "reppoints":
+        return network.head([level])[0][0]
+    said = network.head.classification_head([level])  # (B, h * w * A, K)
+    return said.unflatten(1, (*level.shape[2:], -1)).flatten(3).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "reppoints", "faster_rcnn"])
 def test_logits_by_hand(kind):
     method = make(detector(kind), teacher_of(kind), logits_weight=2.0, weight=0.0, global_weight=0.0, mask_ratio=0.0)
     assert len(method.heads) == 0
@@ -177,18 +187,10 @@ def test_logits_by_hand(kind):
     out = method(images, targets)
     batched = method.student.transform(images)[0].tensors
     losses = []
-    levels = [network.backbone(batched) for network in (method.student, method.teacher)]
+    networks = (method.student, method.teacher)
+    levels = [network.backbone(batched) for network in networks]
     for key in levels[0]:
-        logits = []
-        for network, found in zip((method.student, method.teacher), levels, strict=True):
-            head = network.rpn.head if kind == "faster_rcnn" else network.head.classification_head
-            one = head([found[key]])
-            one = (
-                one[0][0]
-                if kind == "faster_rcnn"
-                else one.unflatten(1, (*found[key].shape[2:], -1)).flatten(3).permute(0, 3, 1, 2)
-            )
-            logits.append(one)
+        logits = [class_map(kind, network, found[key]) for network, found in zip(networks, levels, strict=True)]
         losses.append(channel_logit_loss(*logits))
     torch.testing.assert_close(out.terms["logits"], torch.stack(losses).sum().detach())
     torch.testing.assert_close(
