@@ -140,7 +140,7 @@ def _numbers(results: Path) -> list[str]:
     measured = latest(load(results))
     rows = []
     for target in (target for target in TARGETS if target.gpu):
-        ratios = [(record["env"]["device"], target.ratio(record, measured)) for record in measured]
+        ratios = [(record["env"]["device"], target.ratio(record)) for record in measured]
         found = [f"{target.show(ratio)} ({device})" for device, ratio in ratios if ratio is not None]
         rows.append(f"| {target.sentence} | {', '.join(found) or '**unproven**'} |")
     return rows

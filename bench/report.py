@@ -165,7 +165,7 @@ def _targets(records: list[Record]) -> str:
     rows = ["| asked | device | measured | |", "| --- | --- | --- | --- |"]
     for target in TARGETS:
         for record in records:
-            ratio = target.ratio(record, records)
+            ratio = target.ratio(record)
             if ratio is not None:
                 reached = "reached" if ratio >= target.least else "**not reached**"
                 quick = " (quick run)" if record["quick"] else ""

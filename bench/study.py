@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fastmkd.train.errors import UserError
 from fastmkd.train.finetune import DEFAULTS, tuning_recipe
 from fastmkd.train.recipe import differences, identity, load_recipe, with_defaults
+from fastmkd.train.rundir import RunDir
 from fastmkd.train.schema import Recipe
 
 __all__ = ["Ask", "Record", "Run", "SecondHalf", "Study"]
@@ -66,6 +67,22 @@ class Run:
     then: str | None
     recipe: Recipe
     first: Recipe | None = None
+
+    def seeded(self, seed: int) -> Run:
+        """The same with a seed, which the names of its folders end in.
+
+        Args:
+            seed: any.
+        """
+
+        def of(recipe: Recipe) -> Recipe:
+            return dataclasses.replace(recipe, seed=seed, name=f"{recipe.name}-{seed}")
+
+        recipe, first = of(self.recipe), None
+        if self.first is not None:
+            first = of(self.first)
+            recipe.student = dataclasses.replace(recipe.student, backbone=str(RunDir(first.run_dir).weights))
+        return Run(self.setting, self.then, recipe, first)
 
     def identities(self) -> dict[str, dict[str, Any]]:
         """What makes the run what it is, of its recipe and of the first one, wherever their folders lie."""
@@ -179,18 +196,17 @@ class Study:
             root: folder for the runs.
         """
         common = {"run.root": str(root), "run.tensorboard": False}
-        found = []
+        teachers: list[Run] = []
+        chains: list[Run] = []  # parsing a recipe takes time: once for all seeds
         for teacher, file in self.teachers.items():
-            found += self._chain(teacher, load_recipe(self.folder / file, changes=common), common)
-        for seed in self.seeds:
-            for setting, options in self.settings.items():
-                name = f"{self.folder.name}-{slug(setting)}-{seed}"
-                changes = {**(options or {}), **common, "seed": seed, "name": name}
-                found += self._chain(setting, load_recipe(self.folder / self.recipe, changes=changes), common)
-        return found
+            teachers += self._chain(teacher, load_recipe(self.folder / file, changes=common), common)
+        for setting, options in self.settings.items():
+            changes = {**(options or {}), **common, "name": f"{self.folder.name}-{slug(setting)}"}
+            chains += self._chain(setting, load_recipe(self.folder / self.recipe, changes=changes), common)
+        return [*teachers, *(one.seeded(seed) for seed in self.seeds for one in chains)]
 
     def _chain(self, setting: str, first: Recipe, common: dict[str, Any]) -> list[Run]:
-        """The runs of a setting with one seed."""
+        """The runs of a setting, or of a teacher, from its first recipe."""
         trained = self.pretrains(setting)
         found = [Run(setting, None, first)] if trained else []
         for then, half in self.halves(setting).items():

@@ -145,7 +145,8 @@ def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     rows, teacher, *small = (tensor.detach() for tensor in ctx.saved_tensors)
     leaves = [tensor.requires_grad_() for tensor in (rows, *small)]
     with torch.enable_grad():
-        results = reference(rows, teacher, *small, ctx.patch)
+        given: Any = (rows, teacher, *small, ctx.patch)
+        results = reference(*given)
     d_rows, *d_small = torch.autograd.grad(results, leaves, grads, allow_unused=True)
     return d_rows, None, *d_small, None
 

@@ -31,7 +31,7 @@ COMMANDS = {
 # Packages of the extra [train], by the name they are imported under.
 EXTRAS = {
     "accelerate", "jsonargparse", "matplotlib", "pycocotools", "rich", "safetensors",
-    "segmentation_models_pytorch", "sklearn", "tensorboard", "torchmetrics", "torchvision", "yaml",
+    "segmentation_models_pytorch", "sklearn", "tensorboard", "torchvision", "yaml",
 }  # fmt: skip
 
 

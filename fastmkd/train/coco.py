@@ -149,7 +149,8 @@ def _categories(entries: list[Any], file: Path) -> dict[int, str]:
 def _images(entries: list[Any], file: Path) -> tuple[dict[int, int], list[str], list[list[int]]]:
     """Where each id stands, file names, and ``[width, height]``."""
     ids: dict[int, int] = {}
-    names, sizes = [], []
+    names: list[str] = []
+    sizes: list[list[int]] = []
     for entry in entries:
         number = _get(entry, "id", int, "the image", file)
         if number in ids:

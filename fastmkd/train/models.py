@@ -184,8 +184,9 @@ def load_weights(model: nn.Module, path: str | Path, role: str, classifier: bool
         if resized:
             warnings.warn(f"for the {role} the weights {path} were fitted: {resized}.", stacklevel=2)
         return
-    if not classifier and hasattr(getattr(model, "backbone", None), "body"):
-        load_body(model.backbone.body, state, path, role)
+    backbone: Any = getattr(model, "backbone", None)
+    if not classifier and hasattr(backbone, "body"):
+        load_body(backbone.body, state, path, role)
         return
     if not classifier and (encoder := encoder_of(model)) is not None:
         plain = names_of_timm(encoder.state_dict(), state)

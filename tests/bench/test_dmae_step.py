@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import timm
@@ -58,27 +57,10 @@ def test_targets_are_measured() -> None:
             "dmae_teacher": [(f"{t}, layer 18, batch {b}", label) for _, t, label, b in made[target.gpu]],
         }[target.benchmark]
         assert any(panel.startswith(target.panel) and label == target.label for panel, label in panels), target.sentence
-        assert not target.over or any(label == target.over for _, label in panels)
     case = dmae_step.dmae_step(Setting(CPU, "fp32"), "ViT-S", "ViT-B", 75, 2)
     names = {variant.name for variant in case.variants}
     steps = [target for target in mine if not target.gpu and target.benchmark == "dmae_step"]
     assert {name for target in steps for name in (target.variant, target.against or "fastmkd")} <= names
-
-
-def test_a_target_over_another_case() -> None:
-    target = next(target for target in TARGETS if target.over and not target.gpu)
-    known = {"benchmark": "dmae_step", "dtype": "fp32", "clock": "cpu", "panel": "ViT-B from ViT-L, batch 4"}
-
-    def record(label: str, speed: float, slug: str = "a", **ratio: Any) -> dict[str, Any]:
-        variants = [{"name": "fastmkd", "items_per_second": speed, **ratio}]
-        return {**known, "label": label, "env": {"slug": slug}, "variants": variants}
-
-    few, many = record("95 % hidden", 6.0, ratio={}), record("75 % hidden", 3.0, ratio={})
-    elsewhere, wrong = record("75 % hidden", 1.0, "b", ratio={}), record("75 % hidden", 3.0)
-    assert target.ratio(few, [elsewhere, few, many]) == 2.0
-    assert target.ratio(many, [few, many]) is None
-    assert target.ratio(few, [few, elsewhere]) is None
-    assert target.ratio(few, [few, wrong]) is None
 
 
 def test_the_count_is_the_papers() -> None:

@@ -93,7 +93,7 @@ def test_killed_anywhere_a_study_ends_as_if_it_had_not_been(
     folder: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, killed = Trainer._update, set()
-    first, second = "tiny-mae-3", "tiny-dmae_top-3-fine_tuned"
+    first, second = "tiny-mae-3", "tiny-dmae_top-fine_tuned-3"
 
     def update(self: Trainer, *rest: Any) -> None:
         here = (self.recipe.name, self.step)
@@ -135,7 +135,7 @@ def test_second_halves_start_from_what_was_learnt(folder: Path) -> None:
     assert nothing.identities()["recipe"] == {
         **tuned.identities()["recipe"],
         "student.backbone": None,
-        "name": "tiny-nothing-3-fine_tuned",
+        "name": "tiny-nothing-fine_tuned-3",
     }
 
 
@@ -147,7 +147,7 @@ def test_another_pre_training_is_another_study(finished: Path, tmp_path: Path, m
     records = load(path)
     lost = next(record for record in records if keys([record]) == [("MAE", "probed", 3)])
     path.write_text("".join(json.dumps(record) + "\n" for record in records if record is not lost))
-    for run in ("tiny-mae-3", "tiny-mae-3-probed"):
+    for run in ("tiny-mae-3", "tiny-mae-probed-3"):
         shutil.rmtree(Path("runs", run))
     assert main(ARGUMENTS) == 0
     assert keys(load(path)) == [*(key for key in keys(records) if key != ("MAE", "probed", 3)), ("MAE", "probed", 3)]

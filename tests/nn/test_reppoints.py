@@ -145,7 +145,7 @@ def test_it_learns_two_pictures_by_heart():
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        totals.append(float(total))
+        totals.append(total.item())
         assert all(torch.isfinite(value) for value in losses.values())
     assert totals[-1] < 0.05 * totals[0]
     model.eval()

@@ -73,6 +73,8 @@ def test_gradients_reach_every_parameter():
         ({"num_classes": 1}, r"num_classes is 1; expected at least 2"),
         ({"name": "torchvision_fcn"}, r"no encoder 'resnet18'; expected one of .*resnet50"),
         ({"name": "torchvision_fcn", "encoder": "resnet50", "in_channels": 1}, r"in_channels is 1; .* takes 3"),
+        ({"psp_channels": 9}, r"PSPNet does not know psp_channels, nor does the encoder resnet18"),
+        ({"encoder": "tu-resnet18", "psp_channels": 9}, r"PSPNet cannot have the encoder tu-resnet18: .*psp_channels"),
         ({"name": "deeplabv3", "encoder": "tu-swin_tiny_patch4_window7_224"}, r"cannot have the encoder"),
     ],
 )

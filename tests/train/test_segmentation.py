@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +236,23 @@ def test_every_pixel_counts_once_whatever_the_batches(folder):
     assert wrong > 0
     assert found[0]["pixel_accuracy"] == pytest.approx(100 * (1 - wrong / pixels))
     assert found[0]["images"] == 5
+    first = Rank(0)
+    evaluate_masks(model, loader, TASK.finisher(source), 5, 2, first)
+    second = Rank(1, first.sums)
+    assert evaluate_masks(model, loader, TASK.finisher(source), 5, 2, second) == found[0]
+    assert first.sums[1] == 3
+
+
+class Rank:
+    """One of two processes: what the other one counted is added to its sums."""
+
+    num_processes, device = 2, CPU
+    autocast = staticmethod(contextlib.nullcontext)
+
+    def __init__(self, index: int, others: list[torch.Tensor] | None = None) -> None:
+        self.process_index, self.others = index, others
+
+    def reduce(self, sums: list[torch.Tensor], reduction: str) -> list[torch.Tensor]:
+        assert reduction == "sum"
+        self.sums = sums
+        return sums if self.others is None else [a + b for a, b in zip(sums, self.others, strict=True)]

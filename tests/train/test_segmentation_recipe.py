@@ -127,7 +127,7 @@ def test_an_encoder_starts_from_a_classifier(folder):
     recipe = load_recipe("masks.yaml", ["--student.backbone=classifier.safetensors", "--optim.lr=1e-9", "--ema=null"])
     train(recipe)
     own = load_file("runs/masks/model.safetensors")
-    torch.testing.assert_close(own["encoder.model.conv1.weight"], teacher.conv1.weight.detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(own["encoder.model.conv1.weight"], teacher.conv1.weight.detach(), atol=1e-4, rtol=0)
     changed = {name: value for name, value in teacher.state_dict().items() if "layer1" not in name}
     save_file(changed, "classifier.safetensors")
     recipe.run.dir = "other"

@@ -212,7 +212,7 @@ def build_body(
         children: Mapping[str, nn.Module] = body
     elif timm.is_model(name.removeprefix(TIMM)):
         indices = tuple(range(-maps, 0))
-        model = timm.create_model(
+        model: Any = timm.create_model(
             name.removeprefix(TIMM), pretrained=pretrained, features_only=True, out_indices=indices, **kwargs
         )
         info = model.feature_info

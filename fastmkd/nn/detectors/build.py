@@ -157,8 +157,7 @@ def _reppoints(backbone: Backbone, num_classes: int, anchor_sizes: Sequence[int]
 
 def _make(kind: type[nn.Module], backbone: Backbone, **kwargs: Any) -> nn.Module:
     """Makes a detector; these classes hand what they do not know to their transform, which takes anything."""
-    of_transform = {"image_mean", "image_std", "size_divisible", "fixed_size"}
-    known = of_transform | inspect.signature(kind).parameters.keys()
+    known = {"size_divisible", "fixed_size"} | inspect.signature(kind).parameters.keys()
     unknown = sorted(kwargs.keys() - known)
     if unknown:
         raise TypeError(f"{kind.__name__} does not know {', '.join(unknown)}.")

@@ -23,7 +23,6 @@ __all__ = ["RepPoints", "RepPointsHead", "tap_offsets"]
 POINTS = 9  # as many as taps of a 3x3 convolution, which samples them
 # What reaches the first guess through the places that the second stage samples; the authors' code damps it as well.
 SAMPLING_GRADIENT = 0.1
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 def tap_offsets(points: Tensor) -> Tensor:
@@ -73,7 +72,8 @@ class RepPointsHead(nn.Module):
                 nn.init.normal_(layer.weight, std=0.01)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.class_out[1].bias, -math.log(99))  # focal loss starts from a probability of 1 %
+        last: Any = self.class_out[1]
+        nn.init.constant_(last.bias, -math.log(99))  # focal loss starts from a probability of 1 %
 
     def forward(self, levels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Returns for each level logits, first points and refined points.
@@ -105,6 +105,8 @@ class RepPoints(nn.Module):
         num_classes: with the background.
         min_size: the shorter side that images are resized to.
         max_size: the longer side at most.
+        image_mean: per channel, of pixels in [0, 1].
+        image_std: per channel.
         strides: of the pyramid's levels.
         points_to_box: "moment" (the paper's best) or "minmax".
         width: channels of the head's towers.
@@ -112,7 +114,7 @@ class RepPoints(nn.Module):
         nms_thresh: overlap from which the lower of two boxes of one class is dropped.
         detections_per_img: at most.
         topk_candidates: of each level, before that.
-        kwargs: further arguments of torchvision's ``GeneralizedRCNNTransform``, for example image_mean.
+        kwargs: further arguments of torchvision's ``GeneralizedRCNNTransform``, for example size_divisible.
 
     Example:
         >>> from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -128,6 +130,8 @@ class RepPoints(nn.Module):
         num_classes: int,
         min_size: int | Sequence[int] = 800,
         max_size: int = 1333,
+        image_mean: Sequence[float] = (0.485, 0.456, 0.406),
+        image_std: Sequence[float] = (0.229, 0.224, 0.225),
         *,
         strides: Sequence[int] = (8, 16, 32, 64, 128),
         points_to_box: Literal["moment", "minmax"] = "moment",
@@ -144,7 +148,7 @@ class RepPoints(nn.Module):
         self.backbone = backbone
         self.head = RepPointsHead(backbone.out_channels, num_classes, width)  # type: ignore[arg-type]
         self.log_scale = nn.Parameter(torch.zeros(2)) if points_to_box == "moment" else None
-        self.transform = GeneralizedRCNNTransform(min_size, max_size, **{**IMAGENET, **kwargs})
+        self.transform = GeneralizedRCNNTransform(min_size, max_size, list(image_mean), list(image_std), **kwargs)
         self.num_classes, self.strides = num_classes, tuple(strides)
         self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
         self.detections_per_img, self.topk_candidates = detections_per_img, topk_candidates
@@ -204,13 +208,13 @@ class RepPoints(nn.Module):
     ) -> dict[str, Tensor]:
         """Focal loss, and smooth L1 of the corners in units of `BASE` strides; sums over the batch / its positives."""
         classification, guess_loss, refined_loss = logits.sum() * 0, first.sum() * 0, refined.sum() * 0
-        guessed = answered = 0
+        guessed = answered = torch.zeros((), dtype=torch.int64, device=logits.device)
         for score, before, after, target in zip(logits, first, refined, targets, strict=True):
             truth, labels = target["boxes"].float(), target["labels"]
             owner = assign_by_centre(truth, sizes, self.strides)
             here = owner >= 0
             guess_loss = guess_loss + _corner_loss(before[here], truth[owner[here]], steps[here])
-            guessed += here.sum()
+            guessed = guessed + here.sum()
             # The first boxes decide which places answer for an object in the end (Section 3.2).
             owner = assign_by_overlap(box_iou(truth, before.detach()))
             here = owner >= 0
@@ -219,8 +223,8 @@ class RepPoints(nn.Module):
             wanted[here, labels[owner[here]]] = 1.0
             judged = owner != IGNORED
             classification = classification + sigmoid_focal_loss(score[judged], wanted[judged], reduction="sum")
-            answered += here.sum()
-        guessed, answered = (torch.as_tensor(n, device=logits.device).clamp(min=1) for n in (guessed, answered))
+            answered = answered + here.sum()
+        guessed, answered = guessed.clamp(min=1), answered.clamp(min=1)
         return {
             "classification": classification / answered,
             "bbox_guess": 0.5 * guess_loss / guessed,
@@ -280,8 +284,9 @@ def _corner_loss(boxes: Tensor, truth: Tensor, steps: Tensor) -> Tensor:
 
 
 def _tower(in_channels: int, width: int, depth: int) -> nn.Sequential:
+    groups = math.gcd(32, width, max(1, width // 8))  # of 8 channels: a level may have one pixel
     layers: list[nn.Module] = []
     for number in range(depth):
         conv = nn.Conv2d(width if number else in_channels, width, 3, padding=1, bias=False)
-        layers += [conv, nn.GroupNorm(math.gcd(32, width), width), nn.ReLU()]
+        layers += [conv, nn.GroupNorm(groups, width), nn.ReLU()]
     return nn.Sequential(*layers)

@@ -8,6 +8,7 @@ keys in their state dicts.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -46,7 +47,8 @@ def build_segmenter(
         num_classes: with the background, if that is a class.
         in_channels: of the images; torchvision's networks take 3.
         pretrained: download ImageNet weights of the encoder.
-        kwargs: for the network, for example encoder_depth or psp_out_channels.
+        kwargs: for the network, for example encoder_depth or psp_out_channels, and for a network of timm that is
+            its encoder.
 
     Returns:
         A network from ``(B, in_channels, H, W)`` to ``(B, num_classes, H, W)`` logits, with an attribute `num_classes`.
@@ -68,7 +70,7 @@ def build_segmenter(
         raise ValueError(f"num_classes is {num_classes}; expected at least 2, the background counted.")
     package, kind = SEGMENTERS[name]
     make = _from_smp if package == "smp" else _from_torchvision
-    model = make(kind, encoder, num_classes, in_channels, pretrained, **kwargs)
+    model: Any = make(kind, encoder, num_classes, in_channels, pretrained, **kwargs)
     model.num_classes = num_classes
     return model
 
@@ -142,12 +144,15 @@ def _from_smp(
     if encoder not in get_encoder_names() and (of_timm == encoder or not timm.is_model(of_timm)):
         hint = f"; timm has it: write tu-{encoder}" if timm.is_model(encoder) else "; write tu-NAME for one of timm"
         raise ValueError(f"encoder {encoder!r} is not one of segmentation-models-pytorch{hint}.")
+    unknown = kwargs.keys() - inspect.signature(_any_size(kind).__init__).parameters.keys()
+    if unknown and of_timm == encoder:  # they would be passed over in silence
+        raise TypeError(f"{kind} does not know {', '.join(sorted(unknown))}, nor does the encoder {encoder}.")
     weights = (True if of_timm != encoder else "imagenet") if pretrained else None
     try:
         model: nn.Module = _any_size(kind)(
             encoder_name=encoder, encoder_weights=weights, in_channels=in_channels, classes=num_classes, **kwargs
         )
-    except (KeyError, NotImplementedError, RuntimeError) as error:
+    except (KeyError, NotImplementedError, RuntimeError, TypeError) as error:
         raise ValueError(f"{kind} cannot have the encoder {encoder}: {error}") from error
     return model
 
@@ -164,7 +169,8 @@ def _from_torchvision(
     if in_channels != 3:
         raise ValueError(f"in_channels is {in_channels}; torchvision's {kind} takes 3.")
     parts = make(weights=None, weights_backbone="DEFAULT" if pretrained else None, num_classes=num_classes, **kwargs)
-    parts.__class__ = _one_output(type(parts))
+    plain: Any = type(parts)
+    parts.__class__ = _one_output(plain)
     return parts
 
 
