@@ -201,7 +201,8 @@ def test_the_batch_that_broke_the_loss_is_kept(dmae, monkeypatch):
 def test_on_dino_and_moco_v3(dmae, capsys, name, term):
     """The shipped recipes (DMAE, Section 4.8), on few pictures that are always there: with and without alignment."""
     short = {"data.name": "digits", "data.image_size": 28, "data.batch_size": 16, "data.limit": 32,
-             "schedule.epochs": 1, "schedule.warmup_epochs": 0, "run.tensorboard": False}  # fmt: skip
+             "data.test_fraction": 0.02, "schedule.epochs": 1, "schedule.warmup_epochs": 0,
+             "run.tensorboard": False, "run.panels": 0}  # fmt: skip
     path = Path(__file__).parents[2] / f"recipes/{name}.yaml"
     options = {**load_recipe(path).teacher.options, **short, "student.kwargs.depth": 4}
     changes = {**short, "method.init_args.total_updates": 2, "method.init_args.hidden": 16}
