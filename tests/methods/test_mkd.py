@@ -279,16 +279,14 @@ def test_decoder_parameter_count():
     assert decoder.position.shape == (28, 28, 256)
 
 
-@pytest.mark.parametrize("images", [1, 3])
-def test_phi_and_sam_are_one_convolution_where_that_pays(images):
-    """9 tokens of an image are fewer than the 16 channels, 27 of three are more."""
+@pytest.mark.parametrize("patch", [1, 2])
+def test_phi_and_sam_are_one_product(patch):
     torch.manual_seed(0)
-    decoder, level = AdaptiveDecoder(6, 4, 2, width=16, heads=2).double(), torch.randn(images, 6, 6, 6).double()
-    ran = []
-    decoder.sam.register_forward_hook(lambda *_: ran.append(1))
-    found = decoder._aligned(level, (3, 3))
-    assert bool(ran) == (images == 1)
-    expected = decoder.sam(decoder.phi(level))
+    decoder = AdaptiveDecoder(6, 4, patch, masked=False, width=16, heads=2).double()
+    level = torch.randn(3, 6, 3 * patch, 3 * patch).double()
+    table = F.interpolate(decoder.position.permute(2, 0, 1)[None], (3, 3), mode="bilinear", align_corners=False)
+    expected = (decoder.sam(decoder.phi(level)) + table).flatten(2).mT
+    found = decoder.tokens(level, torch.ones(3, 3, 3, dtype=torch.bool))
     torch.testing.assert_close(found, expected)
     parameters = [*decoder.phi.parameters(), *decoder.sam.parameters()]
     pull = torch.randn_like(found)
