@@ -172,7 +172,9 @@ def _boxes(
     entries: list[Any], ids: dict[int, int], sizes: list[list[int]], categories: list[int], file: Path
 ) -> tuple[BoxTable, list[str]]:
     labels = {number: label for label, number in enumerate(categories, start=1)}
-    names, places, boxes, classes, crowds, areas = [], [], [], [], [], []
+    names: list[str] = []
+    boxes: list[list[float]] = []
+    places, classes, crowds, areas = [], [], [], []
     lost: dict[str, list[str]] = {"image_id": [], "category_id": []}
     for entry in entries:
         image = _get(entry, "image_id", int, "the annotation", file)

@@ -71,7 +71,9 @@ def figure_of_boxes(
     axes = figure.subplots(2, len(images), squeeze=False)
     for column, (image, true, said) in enumerate(zip(images, targets, found, strict=True)):
         for cell in axes[:, column]:
-            cell.imshow(image.permute(1, 2, 0).cpu().numpy(), vmin=0, vmax=1, interpolation="nearest")
+            # Corners of boxes count from the border of the picture, not from the middle of its first pixel.
+            extent = (0, image.shape[2], image.shape[1], 0)
+            cell.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest", extent=extent)
             cell.set(xticks=[], yticks=[])
         for box, label, crowd in zip(true["boxes"], true["labels"], true["iscrowd"], strict=True):
             _draw(axes[0][column], box, int(label), classes[int(label) - 1], "--" if crowd else "-")
