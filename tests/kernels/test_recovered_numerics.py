@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 pytestmark = [pytest.mark.usefixtures("poisoned"), *([] if INTERPRETED else [pytest.mark.gpu])]
 
 # Batch, channels, grid, patch: one of everything, odd sizes, several programs an image, one position a tile
-SHAPES = [(1, 1, (1, 1), 1), (2, 5, (2, 3), 2), (3, 37, (1, 5), 3), (2, 24, (9, 8), 4), (1, 2500, (3, 2), 1)]
+SHAPES = [(1, 1, (1, 1), 1), (2, 5, (2, 3), 2), (3, 37, (1, 5), 3), (2, 24, (5, 4), 4), (1, 2500, (3, 2), 1)]
 
 
 def maps(
@@ -34,14 +34,12 @@ def assert_right(name: str, args: tuple[object, ...]) -> None:
     assert all(map(torch.equal, run(*args), out)), "two runs on the same inputs differ"
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_recovered_loss_and_its_gradient(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> None:
-    for taught in {dtype, torch.float32}:
+def test_recovered_loss_and_its_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for taught, layout in ((dtype, torch.contiguous_format), (torch.float32, torch.channels_last)):
         rows, teacher, queries, patch = maps(*shape, dtype, taught)  # type: ignore[arg-type]
-        if channels_last:
-            teacher = teacher.to(memory_format=torch.channels_last)
+        teacher = teacher.contiguous(memory_format=layout)
         assert_right("recovered_loss", (rows, teacher, queries, patch))
         batch, channels = teacher.shape[:2]
         log_sums = get_op("recovered_loss").reference(rows, teacher, queries, patch)[3]
