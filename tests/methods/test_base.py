@@ -135,5 +135,5 @@ def test_supervised_with_two_heads():
     expected = (nn.functional.cross_entropy(a, targets) + nn.functional.cross_entropy(b, targets)) / 2
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(out.student_output, (a + b) / 2)
-    with pytest.raises(TypeError, match="returned dict"):
+    with pytest.raises(TypeError, match="returned a mapping of logits"):
         Supervised(type("Odd", (TwoHeads,), {"forward": lambda self, x: {"logits": x}})())(images, targets)
