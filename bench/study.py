@@ -142,12 +142,12 @@ class Study:
         if not path.is_file():
             raise UserError(f"{folder} has no study.yaml; give the folder of a study, see recipes/evidence/.")
         try:
-            study = cls(folder, **yaml.safe_load(path.read_text()))
-            asked = [Ask(**ask) for ask in study.asked]
-            then = {name: SecondHalf(**half) for name, half in study.then.items()}
-        except (TypeError, yaml.YAMLError) as error:
+            values = dict(yaml.safe_load(path.read_text()))
+            asked = [Ask(**ask) for ask in values.pop("asked", ())]
+            then = {name: SecondHalf(**half) for name, half in values.pop("then", {}).items()}
+            study = cls(folder, asked=asked, then=then, **values)
+        except (AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{path} is not a study: {error}.") from None
-        study = dataclasses.replace(study, asked=asked, then=then)
         study._check(path)
         return study
 
