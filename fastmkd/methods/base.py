@@ -134,11 +134,11 @@ class DistillMethod(nn.Module):
         """
         return ()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tells the method which epoch begins; one with a schedule of its own reads it, others do not care.
+    def set_epoch(self, epoch: float) -> None:
+        """Tells the method where in the training it is; one with a schedule of its own reads it, others do not care.
 
         Args:
-            epoch: from 0.
+            epoch: from 0; 22.5 is half-way through the 23rd. ``fastmkd train`` tells it before each update.
         """
 
     def bare_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -96,11 +96,11 @@ class DenseKD(DenseMethod):
         self.base, self.weight, self.logits_weight = chosen, float(weight), float(logits_weight)
         self.logits_temperature, self.epoch = float(logits_temperature), 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tells a base with a schedule which epoch begins.
+    def set_epoch(self, epoch: float) -> None:
+        """Tells a base with a schedule which epoch it is.
 
         Args:
-            epoch: from 0.
+            epoch: from 0; a fraction counts as the epoch that it lies in.
         """
         self.epoch = int(epoch)
 

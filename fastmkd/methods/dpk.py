@@ -174,13 +174,13 @@ class DPK(DistillMethod):
         self.heads.to(weight.device)
         self.rules.to(weight.device)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tells the schedules of `ratio` which epoch begins.
+    def set_epoch(self, epoch: float) -> None:
+        """Tells the schedules of `ratio` which epoch it is.
 
         Args:
-            epoch: from 0.
+            epoch: from 0; a fraction counts as the epoch that it lies in.
         """
-        self.epoch = epoch
+        self.epoch = int(epoch)
 
     def forward(self, images: Tensor, targets: Tensor) -> DistillOutput:
         """Runs both networks, stitches, and returns the loss.

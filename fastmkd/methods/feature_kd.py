@@ -125,13 +125,13 @@ class FeatureKD(DistillMethod):
         self.temperature, self.ce_weight, self._teacher_call = float(temperature), float(ce_weight), teacher_call
         self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tells a base that grows over the first epochs which one begins.
+    def set_epoch(self, epoch: float) -> None:
+        """Tells a base that grows over the first epochs which one it is.
 
         Args:
-            epoch: from 0.
+            epoch: from 0; a fraction counts as the epoch that it lies in.
         """
-        self.epoch = epoch
+        self.epoch = int(epoch)
 
     def forward(self, images: Tensor, targets: Tensor, numbers: Tensor | None = None) -> DistillOutput:
         """Runs both networks and returns the loss.

@@ -195,7 +195,6 @@ class Trainer:
         done = self.step - epoch * self.updates_per_epoch
         batches = self.loader.batches(self.plan(epoch), epoch, start=done * accumulate)
         self.method.train()
-        self.setup.method.set_epoch(epoch)
         meter.resume()
         with contextlib.closing(batches):  # type: ignore[type-var]
             for _ in range(done, self.updates_per_epoch):
@@ -220,6 +219,7 @@ class Trainer:
         """One step of the optimizer, on `accumulate` batches."""
         recipe, accelerator, accumulate = self.recipe, self.accelerator, self.recipe.optim.accumulate
         self.schedule.step_update(self.step)
+        self.setup.method.set_epoch(self.step / self.updates_per_epoch)
         for micro in range(accumulate):
             batch = next(batches)
             images, targets = self.finished(batch, self.step, micro)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastmkd import MaskedKD, MaskedViT
+from fastmkd import MaskedKD, MaskedViT, Supervised
 from fastmkd.train import engine
 from fastmkd.train.build import assemble
 from fastmkd.train.cost_command import recipe_models
@@ -83,6 +83,15 @@ def test_it_learns(recipes):
     ]  # fmt: skip
     result = train(load_recipe("teacher.yaml", options))
     assert result["top1"] > 60  # chance is 10
+
+
+def test_the_method_is_told_where_it_is_before_each_update(recipes, monkeypatch):
+    told = []
+    monkeypatch.setattr(Supervised, "set_epoch", lambda self, epoch: told.append(epoch))
+    result = train(load_recipe("teacher.yaml", ["--schedule.epochs=2"]))
+    each = result["updates"] // 2
+    assert told == [update / each for update in range(result["updates"])]
+    assert told[each] == 1.0
 
 
 class CrashError(Exception):
