@@ -66,11 +66,12 @@ def recovered_loss_grad(
         TypeError: dtypes that do not fit.
 
     Example:
-        >>> rows, teacher, nothing = torch.tensor([[[1.0, 3.0]]]), torch.zeros(1, 2, 1, 1), torch.zeros(2, 1, 2)
-        >>> args = nothing[0], torch.tensor(1.0), torch.tensor([[1.0, 0.0]]), nothing
-        >>> recovered_loss_grad(rows, teacher, torch.zeros(2, 2), nothing[:, :, 0], *args[1:], nothing[:, :, 0], 1)[1]
-        tensor([[0., 0.],
-                [0., 0.]])
+        >>> rows, teacher, zeros = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[[3.0]], [[1.0]]]]), torch.zeros
+        >>> grads = torch.tensor(1.0), zeros(1, 2), zeros(2, 1, 2), zeros(2, 1)
+        >>> d_rows, d_queries = recovered_loss_grad(rows, teacher, zeros(2, 2), zeros(2, 1), *grads, patch=1)
+        >>> d_rows.shape, d_queries
+        (torch.Size([1, 1, 2]), tensor([[0., 0.],
+                [0., 0.]]))
     """
     return _entry(rows, teacher, queries, log_sums, grad_error, grad_difference, grad_contexts, shifts, patch)
 
