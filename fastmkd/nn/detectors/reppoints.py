@@ -64,7 +64,8 @@ class RepPointsHead(nn.Module):
         self.point_tower = _tower(in_channels, width, depth)
         self.guess = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2 * POINTS, 1))
         self.class_sample = DeformConv2d(width, width, 3, padding=1)
-        self.class_out = nn.Sequential(nn.ReLU(), nn.Conv2d(width, num_classes, 1))
+        logits = nn.Conv2d(width, num_classes, 1)
+        self.class_out = nn.Sequential(nn.ReLU(), logits)
         self.point_sample = DeformConv2d(width, width, 3, padding=1)
         self.point_out = nn.Sequential(nn.ReLU(), nn.Conv2d(width, 2 * POINTS, 1))
         for layer in self.modules():
@@ -72,7 +73,8 @@ class RepPointsHead(nn.Module):
                 nn.init.normal_(layer.weight, std=0.01)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.class_out[1].bias, -math.log(99))  # focal loss starts from a probability of 1 %
+        assert logits.bias is not None
+        nn.init.constant_(logits.bias, -math.log(99))  # focal loss starts from a probability of 1 %
 
     def forward(self, levels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Returns for each level logits, first points and refined points.
@@ -207,7 +209,8 @@ class RepPoints(nn.Module):
     ) -> dict[str, Tensor]:
         """Focal loss, and smooth L1 of the corners in units of `BASE` strides; sums over the batch / its positives."""
         classification, guess_loss, refined_loss = logits.sum() * 0, first.sum() * 0, refined.sum() * 0
-        guessed = answered = 0
+        guessed: Any = 0
+        answered: Any = 0
         for score, before, after, target in zip(logits, first, refined, targets, strict=True):
             truth, labels = target["boxes"].float(), target["labels"]
             owner = assign_by_centre(truth, sizes, self.strides)
