@@ -157,10 +157,8 @@ def open_mask_folder(root: str | None) -> MaskSet:
     if not 2 <= len(classes) <= IGNORE:
         raise UserError(f"{names} names {len(classes)} classes; expected 2 to {IGNORE}.")
     table = ids_are_classes(len(classes))
-    train, val = (
-        _paired(folder / "images" / part, folder / "masks" / part, table, layout) for part in ("train", "val")
-    )
-    return MaskSet(train, val, classes)
+    parts = [_paired(folder / "images" / part, folder / "masks" / part, table, layout) for part in ("train", "val")]
+    return MaskSet(parts[0], parts[1], classes)
 
 
 def open_scene_masks(root: str) -> MaskSet:
@@ -176,8 +174,8 @@ def open_scene_masks(root: str) -> MaskSet:
     categories = json.loads((folder / "train.json").read_text())["categories"]
     classes = ["background", *(category["name"] for category in categories)]
     table = ids_are_classes(len(classes))
-    train, val = (_paired(folder / part, folder / f"{part}_masks", table, SCENES) for part in ("train", "val"))
-    return MaskSet(train, val, classes)
+    parts = [_paired(folder / part, folder / f"{part}_masks", table, SCENES) for part in ("train", "val")]
+    return MaskSet(parts[0], parts[1], classes)
 
 
 def open_cityscapes(root: str | None) -> MaskSet:
@@ -209,8 +207,7 @@ def open_cityscapes(root: str | None) -> MaskSet:
         if absent:
             raise UserError(f"{len(absent)} masks are missing: {shorten(absent, 2)}; {layout}.")
         parts.append(MaskPictures(pictures, masks, table))
-    train, val = parts
-    return MaskSet(train, val, list(CITYSCAPES))
+    return MaskSet(parts[0], parts[1], list(CITYSCAPES))
 
 
 def _folder(root: str | None, layout: str) -> Path:

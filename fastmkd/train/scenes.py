@@ -76,7 +76,7 @@ class SceneObject(NamedTuple):
     @property
     def box(self) -> tuple[int, int, int, int]:
         """``(x, y, width, height)`` in pixels, the smallest box around the visible pixels."""
-        rows, columns = (np.nonzero(self.mask.any(axis))[0] for axis in (1, 0))
+        rows, columns = (np.flatnonzero(self.mask.any(axis)) for axis in (1, 0))
         x, y = int(columns[0]), int(rows[0])
         return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
 
@@ -177,7 +177,7 @@ class _Stamps:
         alpha = _resized(solid, side)
         tint = self.rng.randint(110, 256, 3)
         colour = (SHADES * tint // 255).astype(np.uint8)[_resized(Image.fromarray(picture), side)]
-        rows, columns = (np.nonzero((alpha > 127).any(axis))[0] for axis in (1, 0))
+        rows, columns = (np.flatnonzero((alpha > 127).any(axis)) for axis in (1, 0))
         if not len(rows):
             return _Stamp(colour[:0, :0], alpha[:0, :0])
         inside = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)

@@ -64,7 +64,8 @@ class RepPointsHead(nn.Module):
         self.point_tower = _tower(in_channels, width, depth)
         self.guess = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2 * POINTS, 1))
         self.class_sample = DeformConv2d(width, width, 3, padding=1)
-        self.class_out = nn.Sequential(nn.ReLU(), nn.Conv2d(width, num_classes, 1))
+        logits = nn.Conv2d(width, num_classes, 1)
+        self.class_out = nn.Sequential(nn.ReLU(), logits)
         self.point_sample = DeformConv2d(width, width, 3, padding=1)
         self.point_out = nn.Sequential(nn.ReLU(), nn.Conv2d(width, 2 * POINTS, 1))
         for layer in self.modules():
@@ -72,8 +73,8 @@ class RepPointsHead(nn.Module):
                 nn.init.normal_(layer.weight, std=0.01)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        last: Any = self.class_out[1]
-        nn.init.constant_(last.bias, -math.log(99))  # focal loss starts from a probability of 1 %
+        assert logits.bias is not None
+        nn.init.constant_(logits.bias, -math.log(99))  # focal loss starts from a probability of 1 %
 
     def forward(self, levels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Returns for each level logits, first points and refined points.
@@ -208,13 +209,14 @@ class RepPoints(nn.Module):
     ) -> dict[str, Tensor]:
         """Focal loss, and smooth L1 of the corners in units of `BASE` strides; sums over the batch / its positives."""
         classification, guess_loss, refined_loss = logits.sum() * 0, first.sum() * 0, refined.sum() * 0
-        guessed = answered = torch.zeros((), dtype=torch.int64, device=logits.device)
+        guessed: Any = 0
+        answered: Any = 0
         for score, before, after, target in zip(logits, first, refined, targets, strict=True):
             truth, labels = target["boxes"].float(), target["labels"]
             owner = assign_by_centre(truth, sizes, self.strides)
             here = owner >= 0
             guess_loss = guess_loss + _corner_loss(before[here], truth[owner[here]], steps[here])
-            guessed = guessed + here.sum()
+            guessed += here.sum()
             # The first boxes decide which places answer for an object in the end (Section 3.2).
             owner = assign_by_overlap(box_iou(truth, before.detach()))
             here = owner >= 0
@@ -223,8 +225,8 @@ class RepPoints(nn.Module):
             wanted[here, labels[owner[here]]] = 1.0
             judged = owner != IGNORED
             classification = classification + sigmoid_focal_loss(score[judged], wanted[judged], reduction="sum")
-            answered = answered + here.sum()
-        guessed, answered = guessed.clamp(min=1), answered.clamp(min=1)
+            answered += here.sum()
+        guessed, answered = (torch.as_tensor(n, device=logits.device).clamp(min=1) for n in (guessed, answered))
         return {
             "classification": classification / answered,
             "bbox_guess": 0.5 * guess_loss / guessed,

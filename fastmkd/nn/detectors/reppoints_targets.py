@@ -31,7 +31,7 @@ def boxes_from_points(points: Tensor, log_scale: Tensor | None = None) -> Tensor
         tensor([0.5900, 0.1700, 3.4100, 5.8300])
     """
     if log_scale is None:
-        low, high = points.aminmax(dim=-2)
+        low, high = points.amin(-2), points.amax(-2)  # aminmax has no gradient in PyTorch 2.11
         return torch.cat([low, high], dim=-1)
     std, mean = torch.std_mean(points, dim=-2)
     half = std * log_scale.exp()

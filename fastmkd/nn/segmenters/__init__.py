@@ -72,7 +72,8 @@ def build_segmenter(
     make = _from_smp if package == "smp" else _from_torchvision
     model: Any = make(kind, encoder, num_classes, in_channels, pretrained, **kwargs)
     model.num_classes = num_classes
-    return model
+    whole: nn.Module = model
+    return whole
 
 
 def encoder_of(model: Any) -> nn.Module | None:
@@ -169,9 +170,10 @@ def _from_torchvision(
     if in_channels != 3:
         raise ValueError(f"in_channels is {in_channels}; torchvision's {kind} takes 3.")
     parts = make(weights=None, weights_backbone="DEFAULT" if pretrained else None, num_classes=num_classes, **kwargs)
-    plain: Any = type(parts)
-    parts.__class__ = _one_output(plain)
-    return parts
+    of_torchvision: Any = type(parts)
+    parts.__class__ = _one_output(of_torchvision)
+    whole: nn.Module = parts
+    return whole
 
 
 @functools.cache
