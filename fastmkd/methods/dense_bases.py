@@ -237,17 +237,18 @@ class FGD(DenseBase):
         self.temperature = temperature
 
     def heads(self, levels: Sequence[LevelShape]) -> dict[str, nn.Module]:
-        """The imitation term and a pair of context blocks for each level.
+        """A convolution where widths differ, the imitation term, and a pair of context blocks for each level.
 
         Args:
             levels: their shapes, all of the same width.
         """
-        own, other = _one_width(levels)
+        _, other = _one_width(levels)
         imitation = FGDImitation(
-            own, other, [level.size for level in levels], hybrid=False, foreground_weight=self.foreground_weight,
+            other, other, [level.size for level in levels], hybrid=False, foreground_weight=self.foreground_weight,
             background_weight=self.background_weight, temperature=self.temperature,
         )  # fmt: skip
-        return {"imitation": imitation, "relation": nn.ModuleList(Relation(other) for _ in levels)}
+        relation = nn.ModuleList(Relation(other) for _ in levels)
+        return {"adapt": _adapters(levels), "imitation": imitation, "relation": relation}
 
     def loss(
         self, heads: nn.ModuleDict, student: Sequence[Tensor], teacher: Sequence[Tensor], step: DenseStep
@@ -262,9 +263,10 @@ class FGD(DenseBase):
         """
         assert step.boxes is not None
         imitation, relations = cast(FGDImitation, heads["imitation"]), cast(nn.ModuleList, heads["relation"])
-        total: Tensor = imitation(student, teacher, step.boxes, step.image_size, step.epoch)
-        for adapt, relation, s, t in zip(imitation.levels, relations, student, teacher, strict=True):
-            s, t = _wide(adapt(s)), _wide(t)
+        adapted = _adapted(heads, student, teacher)
+        total: Tensor = imitation(adapted, teacher, step.boxes, step.image_size, step.epoch)
+        for relation, s, t in zip(relations, adapted, teacher, strict=True):
+            s, t = _wide(s), _wide(t)
             pairs = zip(attention_weights(s, self.temperature), attention_weights(t, self.temperature), strict=True)
             attention = torch.stack([(a - b).abs().sum() / len(s) for a, b in pairs]).sum()
             total = total + self.attention_weight * attention + self.relation_weight * relation(s, t)

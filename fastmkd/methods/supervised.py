@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .base import DistillOutput
@@ -57,17 +56,9 @@ class Supervised(ProbingMethod):
             `DistillOutput` with the term ``ce``, or one term for each of a detector's losses.
 
         Raises:
-            ValueError: targets that do not fit the logits.
-            TypeError: targets of a wrong dtype, or a detector that does not return losses.
+            ValueError: targets that do not fit the logits, or a detector in eval mode.
+            TypeError: targets of a wrong dtype, or an output that is neither logits nor losses.
         """
-        if not isinstance(images, Tensor):
-            losses = self.student(images, targets)
-            if not isinstance(losses, dict):
-                raise TypeError(
-                    f"the student returned {type(losses).__name__} for a list of images; expected a detector in "
-                    "training mode, which returns its losses by name."
-                )
-            terms = {name: loss.detach() for name, loss in losses.items()}
-            return DistillOutput(torch.stack([loss.float() for loss in losses.values()]).sum(), terms, terms)
-        loss, terms, said = task_loss(self.student(images), targets)
+        output = self.student(images) if isinstance(images, Tensor) else self.student(images, targets)
+        loss, terms, said = task_loss(output, targets)
         return DistillOutput(loss, {name: term.detach() for name, term in terms.items()}, said)

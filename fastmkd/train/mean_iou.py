@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
 from .loading import Loader, eval_plan
 from .mask_pictures import IGNORE
 from .tasks.base import Finish
@@ -40,7 +41,7 @@ def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
 def mask_scores(confusion: Tensor) -> dict[str, float]:
     """Returns mean IoU and pixel accuracy in percent.
 
-    The mean is over the classes that occur, as truth or as a prediction; without any pixel both scores are 0.
+    The mean is over the classes that occur, as truth or as a prediction; without any pixel both scores are NaN.
 
     Args:
         confusion: ``(K, K)``, true classes down and predicted ones across.
@@ -53,8 +54,6 @@ def mask_scores(confusion: Tensor) -> dict[str, float]:
     hits = counts.diagonal()
     union = counts.sum(0) + counts.sum(1) - hits
     seen = union > 0
-    if not seen.any():
-        return {"miou": 0.0, "pixel_accuracy": 0.0}
     return {
         "miou": 100 * (hits[seen] / union[seen]).mean().item(),
         "pixel_accuracy": 100 * (hits.sum() / counts.sum()).item(),
@@ -77,6 +76,9 @@ def evaluate_masks(
 
     Returns:
         ``miou`` and ``pixel_accuracy`` in percent, and ``images``, how many could be read.
+
+    Raises:
+        UserError: no pixel of the test pictures has a class.
     """
     was_training, K, device = model.training, int(model.num_classes), accelerator.device  # type: ignore[arg-type]
     model.eval()
@@ -91,6 +93,8 @@ def evaluate_masks(
             count += len(images)
     model.train(was_training)
     confusion, count = accelerator.reduce([confusion, count], reduction="sum")
+    if count and not confusion.any():
+        raise UserError("no pixel of the test masks has a class, so there is nothing to test predictions against.")
     return {**mask_scores(confusion), "images": float(count)}
 
 

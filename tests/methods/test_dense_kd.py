@@ -78,9 +78,8 @@ def test_fgd_by_hand():
     out = method(images, targets)
     total = 0.0
     boxes = [target["boxes"] for target in targets]  # images keep their size here
-    imitation = method.heads["imitation"]
     for adapt, relation, s, t in zip(
-        imitation.levels, method.heads["relation"], *levels_of(method, images), strict=True
+        method.heads["adapt"], method.heads["relation"], *levels_of(method, images), strict=True
     ):
         s = adapt(s)
         total = total + imitation_loss(s, t, *box_masks(boxes, (96, 96), t.shape[2:]), 1e-2, 2e-2)

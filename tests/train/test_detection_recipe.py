@@ -278,5 +278,5 @@ def test_what_does_not_fit_is_refused(folder, options, said):
 def test_a_detector_that_does_not_return_losses():
     method = Supervised(torch.nn.Identity())
     method.student.forward = lambda images, targets: [{}]
-    with pytest.raises(TypeError, match="the student returned list for a list of images"):
+    with pytest.raises(ValueError, match="returned a list, as a detector does in eval mode"):
         method([torch.zeros(3, 8, 8)], [{}])
