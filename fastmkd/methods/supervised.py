@@ -33,6 +33,7 @@ class Supervised(ProbingMethod):
             `linear_probe`, or with a classifier that is not linear.
 
     Example:
+        >>> import torch
         >>> method = Supervised(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
         >>> loss, terms, logits = method(torch.zeros(2, 1, 2, 2), torch.tensor([0, 2]))
         >>> sorted(terms), logits.shape
