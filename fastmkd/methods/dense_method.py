@@ -195,6 +195,12 @@ class DenseMethod(DistillMethod):
         boxes: list[Tensor] = []
 
         def enter(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            channels = images[0].shape[0]  # of a batch tensor or of a list
+            if args[0].shape[1] != channels:
+                raise ValueError(
+                    f"backbone is {form.part!r}, which gets maps of {args[0].shape[1]} channels and not the images, "
+                    f"which have {channels}, so that no mask of them fits it; name the module that gets the images."
+                )
             entered.append(args[0])
 
         def measure(_module: nn.Module, _args: Any, pyramid: Any) -> None:
