@@ -150,6 +150,11 @@ class DistillMethod(nn.Module):
         """
         return weights
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether `pictures` shows more than the input."""
+        return type(self).pictures is not DistillMethod.pictures
+
     def pictures(self, images: Tensor) -> list[Panel]:
         """What this method has to show for a batch; the input alone unless a subclass adds to it.
 

@@ -110,6 +110,12 @@ class DenseMethod(DistillMethod):
             if backbone is not None:
                 if backbone not in dict(student.named_modules()):
                     raise ValueError(f"backbone is {backbone!r}; the student has no module of that name.")
+                whole, part = (input_shape(student.get_submodule(name), 64)[0] for name in (self.form.part, backbone))
+                if whole != part:
+                    raise ValueError(
+                        f"backbone is {backbone!r}, which gets maps of {part} channels and not the images of {whole}: "
+                        "a mask of these does not fit it. Name the module that gets the images."
+                    )
                 self.form = self.form._replace(part=backbone)
             if self.form.task != self._teacher_form.task:
                 raise ValueError(

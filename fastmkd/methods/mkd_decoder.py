@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -227,7 +228,7 @@ def resample(table: Tensor, size: Size, how: str) -> Tensor:
     if (table.shape[0], table.shape[1]) == size:
         return table
     down, across = (_matrix(n, m, how, table) for n, m in zip(table.shape[:2], size, strict=True))
-    return torch.einsum("ah,bw,hwd->abd", down, across, table)
+    return torch.einsum("ah,hwd,bw->abd", down, table, across)  # from left to right: never (a, h, b, w)
 
 
 def resample_map(x: Tensor, size: Size, how: str) -> Tensor:
@@ -243,14 +244,30 @@ def resample_map(x: Tensor, size: Size, how: str) -> Tensor:
 
 
 def _matrix(source: int, target: int, how: str, like: Tensor) -> Tensor:
-    """``(target, source)``, what each new place takes of the old ones."""
-    wide = torch.promote_types(like.dtype, torch.float32)
-    unit = torch.eye(source, device=like.device, dtype=wide)[None]  # (1, source, source)
+    """``(target, source)``, what each new place takes of the old ones; made once for each size, dtype and device."""
+    # A fake tensor or a trace wants a matrix of its own kind, and what a CUDA graph makes is the graph's alone.
+    traced = torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter)
+    if traced or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _make_matrix(source, target, how, like.dtype, like.device)
+    return _kept_matrix(source, target, how, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=1024)  # images of many sizes have some forty sides in tokens, five levels each
+def _kept_matrix(source: int, target: int, how: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # An inference tensor could not be saved for a backward pass. The copy to the device is waited for, so that a stream
+    # other than this one may use it.
+    with torch.inference_mode(False), torch.no_grad():
+        return _make_matrix(source, target, how, dtype, torch.device("cpu")).to(device)
+
+
+def _make_matrix(source: int, target: int, how: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    unit = torch.eye(source, device=device, dtype=wide)[None]  # (1, source, source)
     if how == "average":
         resized = F.adaptive_avg_pool1d(unit, target)
     else:
         resized = F.interpolate(unit, target, mode="linear", align_corners=False)
-    return resized[0].mT.to(like.dtype)
+    return resized[0].mT.to(dtype)
 
 
 def _fill(x: Tensor, size: Size) -> Tensor:

@@ -55,7 +55,7 @@ def mkd_pictures(method: MKD, images: Any, name: str | None = None) -> list[Pane
         seen = mask_at(sight.visible, sight.padded)[:, : size[0], : size[1]].float()
     panels = [
         Panel("input", shown, "image"),
-        Panel("masked input", shown * seen[:, None].to(shown.dtype), "image"),
+        Panel("masked input", seen, "mask"),
         Panel("teacher features", heat(teacher.abs().mean(1), size), "heat"),
         Panel("student features", heat(student.abs().mean(1), size), "heat"),
     ]

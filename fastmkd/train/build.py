@@ -269,7 +269,7 @@ def open_run(recipe: Recipe) -> Setup:
     if run.result() is None:
         raise UserError(f"{recipe.name} has no finished run in {run.path}; fastmkd train it first.")
     setup = assemble(recipe, refuse_to_train, run.weights)
-    if setup.method.pretrains:
+    if setup.method.pretrains or (setup.method.heads and run.heads.is_file()):
         load_weights(setup.method.heads, run.heads, "method's heads")
     return setup
 

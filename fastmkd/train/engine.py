@@ -26,7 +26,7 @@ from .interrupt import Interrupts, RunInterrupted
 from .loading import Batch, Loader, epoch_plan
 from .logs import RunLog
 from .meter import Meter
-from .optim import build_optimizer, build_schedule
+from .optim import Schedule, build_optimizer
 from .over_training import Snapshots
 from .rundir import RunDir
 from .schema import Recipe
@@ -109,7 +109,7 @@ class Trainer:
             mixed = sharded and any(True for _ in self.student.buffers())  # split and whole tensors in one fused update
             self.ema = ModelEmaV3(self.student, decay=decay, use_warmup=warmup, foreach=not mixed)
         optimizer = build_optimizer(recipe.optim, self.student, setup.method.heads, self.images_per_update)
-        self.schedule = build_schedule(recipe.schedule, optimizer, self.updates_per_epoch)
+        self.schedule = Schedule(recipe.schedule, optimizer, self.updates_per_epoch)
         if sharded:
             name_units(setup.method)
         self.method, self.optimizer = accelerator.prepare(setup.method, optimizer)
@@ -368,20 +368,21 @@ class Trainer:
     def _save_student(self) -> None:
         """Writes the bare student (its moving average if there is one) with timm's keys.
 
-        Of a method that pre-trains also its heads, without which its loss cannot be told again.
+        Also the heads of a method that pre-trains, whose loss needs them, or of one whose pictures do.
         """
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        network = self.method if self.ema is None else self.ema.module
-        weights: Any = get_model_state_dict(network, options=options)
-        heads = {key.removeprefix("heads."): v for key, v in weights.items() if key.startswith("heads.")}
-        if self.ema is None:
-            weights = {key.removeprefix("student."): v for key, v in weights.items() if key.startswith("student.")}
+        whole: Any = get_model_state_dict(self.method, options=options)
+        heads = {key.removeprefix("heads."): v for key, v in whole.items() if key.startswith("heads.")}
+        weights: Any = {key.removeprefix("student."): v for key, v in whole.items() if key.startswith("student.")}
+        if self.ema is not None:
+            weights = get_model_state_dict(self.ema.module, options=options)
+        method = self.setup.method
         if self.accelerator.is_main_process:
-            if self.setup.method.pretrains:
+            if method.pretrains or (heads and method.has_pictures):
                 save_tensors(self.run.heads, heads)
-            weights = self.setup.method.bare_weights(weights)
+            weights = method.bare_weights(weights)
             save_tensors(self.run.weights, weights, {"format": "pt", "model": self.recipe.student.name})
         self.accelerator.wait_for_everyone()
 

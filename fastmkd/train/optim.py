@@ -1,7 +1,8 @@
-"""Optimizer and learning-rate schedule, both from timm."""
+"""Optimizer (from timm) and learning-rate schedule."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from .errors import UserError
 from .schema import OptimRecipe, ScheduleRecipe
 
-__all__ = ["build_optimizer", "build_schedule"]
+__all__ = ["Schedule", "build_optimizer"]
 
 
 def build_optimizer(recipe: OptimRecipe, student: nn.Module, heads: nn.Module, images_per_update: int) -> Any:
@@ -56,23 +57,58 @@ def build_optimizer(recipe: OptimRecipe, student: nn.Module, heads: nn.Module, i
         raise UserError(f"timm cannot make optim.name {recipe.name!r} with {recipe.kwargs}: {error}.") from None
 
 
-def build_schedule(recipe: ScheduleRecipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
-    """Makes timm's cosine schedule, counted in updates; ``schedule.step_update(n)`` sets the rate of update n + 1.
+class Schedule:
+    """Sets learning rates: warm-up, half a cosine or steps, and a rate of its own for the last epochs.
+
+    It holds no state: a rate is a function of the update, so that a run that goes on meets the rates it would have met.
 
     Args:
         recipe: the recipe's part `schedule`.
-        optimizer: whose learning rates are set.
+        optimizer: whose rates are set; each group's own are taken for the full ones, a group's ``lr_scale`` (of layer
+            decay) multiplies whatever is set.
         updates_per_epoch: to turn epochs into updates.
-    """
-    from timm.scheduler import CosineLRScheduler
 
-    warmup = round(recipe.warmup_epochs * updates_per_epoch)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(1, recipe.epochs * updates_per_epoch - warmup),
-        warmup_t=warmup,
-        warmup_lr_init=recipe.warmup_lr,
-        warmup_prefix=True,
-        lr_min=recipe.min_lr,
-        t_in_epochs=False,
-    )
+    Example:
+        >>> optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)
+        >>> steps = ScheduleRecipe(epochs=4, warmup_epochs=0, milestones=[1, 2], gamma=0.5, last_lr=2.0, last_epochs=1)
+        >>> [Schedule(steps, optimizer, 1).rate(1.0, update) for update in range(4)]
+        [1.0, 0.5, 0.25, 2.0]
+    """
+
+    def __init__(self, recipe: ScheduleRecipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> None:
+        def updates(epochs: float) -> int:
+            return round(epochs * updates_per_epoch)
+
+        self.recipe, self.optimizer = recipe, optimizer
+        self.warmup = updates(recipe.warmup_epochs)
+        self.milestones = None if recipe.milestones is None else [updates(epoch) for epoch in recipe.milestones]
+        self.last = updates(recipe.epochs - (0 if recipe.last_lr is None else recipe.last_epochs))
+        self.full = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        self.step_update(0)
+
+    def rate(self, full: float, update: int) -> float:
+        """Returns the learning rate of an update.
+
+        Args:
+            full: the highest one.
+            update: updates done before.
+        """
+        recipe = self.recipe
+        if recipe.last_lr is not None and update >= self.last:
+            return recipe.last_lr
+        if update < self.warmup:
+            return recipe.warmup_lr + update * ((full - recipe.warmup_lr) / self.warmup)
+        if self.milestones is not None:
+            return full * recipe.gamma ** sum(update >= milestone for milestone in self.milestones)
+        length = max(1, self.last - self.warmup)
+        gone = min(update - self.warmup, length)
+        return recipe.min_lr + 0.5 * (full - recipe.min_lr) * (1 + math.cos(math.pi * gone / length))
+
+    def step_update(self, update: int) -> None:
+        """Sets the rates for an update.
+
+        Args:
+            update: updates done before.
+        """
+        for group, full in zip(self.optimizer.param_groups, self.full, strict=True):
+            group["lr"] = self.rate(full, update) * group.get("lr_scale", 1.0)

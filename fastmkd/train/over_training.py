@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..methods import DistillMethod, Panel
+from ..methods import Panel
 from .build import Setup
 from .checkpoint import save_tensors
 from .errors import UserError
@@ -74,8 +74,7 @@ class Snapshots:
 
     def __init__(self, setup: Setup, run: RunDir, loader: Loader, finish: Finish, accelerator: Any) -> None:
         recipe = setup.recipe
-        shown = type(setup.method).pictures is not DistillMethod.pictures
-        silent = not shown or setup.source.task != "classification"
+        silent = not setup.method.has_pictures or setup.source.task != "classification"
         self.epochs = set() if silent else snapshot_epochs(recipe.schedule.epochs, recipe.run.panels)
         self.setup, self.run, self.loader, self.finish, self.accelerator = setup, run, loader, finish, accelerator
         self._pictures: list[Batch] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import re
 import typing
@@ -157,6 +158,10 @@ def _check(recipe: Recipe) -> None:
         ("optim.clip_grad", recipe.optim.clip_grad, 1e-12, float("inf")),
         ("schedule.epochs", recipe.schedule.epochs, 1, float("inf")),
         ("schedule.warmup_epochs", recipe.schedule.warmup_epochs, 0, recipe.schedule.epochs),
+        ("schedule.warmup_lr", recipe.schedule.warmup_lr, 0, float("inf")),
+        ("schedule.min_lr", recipe.schedule.min_lr, 0, float("inf")),
+        ("schedule.gamma", recipe.schedule.gamma, 0, 1),
+        ("schedule.last_lr", recipe.schedule.last_lr, 0, float("inf")),
         ("augment.pad", recipe.augment.pad, 0, 65536),
         ("run.log_every", recipe.run.log_every, 1, float("inf")),
         ("run.eval_every", recipe.run.eval_every, 1, float("inf")),
@@ -173,6 +178,18 @@ def _check(recipe: Recipe) -> None:
     for name, value, low, high in limits:
         if value is not None and not low <= value <= high:  # also refuses NaN
             raise UserError(f"{name} is {value}; expected a number from {low:g} to {high:g}.")
+    schedule = recipe.schedule
+    if schedule.last_lr is not None and not 0 < schedule.last_epochs <= schedule.epochs:
+        raise UserError(
+            f"schedule.last_epochs is {schedule.last_epochs}; expected a number above 0 and at most {schedule.epochs}, "
+            "for the epochs that last_lr is for."
+        )
+    marks = schedule.milestones
+    if marks is not None and not all(0 < a < b for a, b in itertools.pairwise([*marks, schedule.epochs])):
+        raise UserError(
+            f"schedule.milestones is {marks}; expected epochs in rising order, above 0 and below {schedule.epochs}; "
+            "null has a cosine."
+        )
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
         raise UserError(f"data.batch_size is {recipe.data.batch_size}; mixup and cutmix pair images: make it even.")
     if not recipe.name or recipe.name in (".", "..") or "/" in recipe.name:

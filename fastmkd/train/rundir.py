@@ -1,8 +1,9 @@
 """The folder of a run: whose it is, who works in it now, and what came out.
 
 Files: ``recipe.json`` (what the run is), ``lock``, ``checkpoints/``, ``metrics.csv``, ``tensorboard/``, ``panels/``,
-``model.safetensors`` (the student, with timm's keys), ``heads.safetensors`` (after pre-training, what its method
-trained beside the student), ``bad_batch_0.safetensors`` (what made the loss NaN) and ``result.json`` (written last).
+``model.safetensors`` (the student, with timm's keys), ``heads.safetensors`` (what a method that pre-trains or has
+pictures trained beside the student), ``bad_batch_0.safetensors`` (what made the loss NaN) and ``result.json`` (written
+last).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class RunDir:
 
     @property
     def heads(self) -> Path:
-        """What a method that pre-trains has trained beside the student."""
+        """What a method that pre-trains or has pictures has trained beside the student."""
         return self.path / "heads.safetensors"
 
     @property

@@ -148,19 +148,29 @@ class OptimRecipe:
 
 @dataclass
 class ScheduleRecipe:
-    """Linear warm-up, then half a cosine; set anew at each update.
+    """Linear warm-up, then half a cosine or steps; set anew at each update.
 
     Attributes:
         epochs: passes over the training pictures.
         warmup_epochs: how long the learning rate rises; parts of an epoch count.
         warmup_lr: where it starts.
-        min_lr: where it ends.
+        min_lr: where the cosine ends.
+        milestones: epochs done after which the rate is multiplied by gamma, in place of the cosine, for example [16,
+            21]; null has the cosine.
+        gamma: of the milestones.
+        last_lr: a rate of its own for the last epochs, whatever came before; the cosine ends where they begin. Null has
+            none.
+        last_epochs: how many these are; parts of an epoch count.
     """
 
     epochs: int = 20
     warmup_epochs: float = 1.0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
+    milestones: list[float] | None = None
+    gamma: float = 0.1
+    last_lr: float | None = None
+    last_epochs: float = 2.0
 
 
 @dataclass

@@ -81,10 +81,12 @@ void test_masked_autoencoder(const Kernels& table, DType dtype, const std::strin
 }
 
 void test_recovered_loss(Isa isa) {
-  // One channel, one position, lines longer than a tile, patches that no tile divides, many channels.
+  // One channel, one position, lines longer than a tile, patches that no tile divides, whole tiles and vectors, one
+  // channel beyond a vector, many channels.
   for (const check::RecoveredShape& shape :
        {check::RecoveredShape{2, 1, 2, 2, 2}, check::RecoveredShape{3, 5, 1, 1, 1},
         check::RecoveredShape{1, 37, 2, 7, 3}, check::RecoveredShape{2, 64, 1, 6, 4},
+        check::RecoveredShape{2, 16, 1, 16, 2}, check::RecoveredShape{1, 17, 2, 4, 4},
         check::RecoveredShape{1, 300, 3, 17, 1}}) {
     for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       for (DType teacher : {dtype, DType::f32}) {

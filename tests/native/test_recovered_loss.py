@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastmkd.bench.memory import peak_bytes
 from fastmkd.ops import get_op
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -96,3 +97,17 @@ BAD = [
 def test_bad_arguments_are_named(ops, name, args, message):
     with pytest.raises((RuntimeError, ValueError), match=message):
         getattr(ops, name)(*args)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_no_map_is_written(ops, channels_last):
+    """The loss allocates sums, its gradient one set of rows; neither a normalised nor a shuffled map beside them."""
+    rows, teacher, queries = inputs(2, 256, 4, 8, 4)
+    if channels_last:
+        teacher = teacher.to(memory_format=torch.channels_last)
+    log_sums = ops.recovered_loss(rows, teacher, queries, 4)[3]
+    grads = torch.tensor(1.0), rand(2, 256), rand(2, 2, 256), rand(2, 2)
+    loss = peak_bytes(lambda: ops.recovered_loss(rows, teacher, queries, 4), rows.device)
+    gradient = peak_bytes(lambda: ops.recovered_loss_grad(rows, teacher, queries, log_sums, *grads, 4), rows.device)
+    assert loss < rows.nbytes / 50
+    assert rows.nbytes <= gradient < 1.05 * rows.nbytes

@@ -16,7 +16,7 @@ from fastmkd.train.checkpoint import save_tensors
 from fastmkd.train.data import load_data
 from fastmkd.train.errors import UserError
 from fastmkd.train.models import build_model, load_weights, method_arguments, model_kwargs, read_state_dict
-from fastmkd.train.optim import build_optimizer, build_schedule
+from fastmkd.train.optim import Schedule, build_optimizer
 from fastmkd.train.schema import DataRecipe, ModelRecipe, OptimRecipe, ScheduleRecipe
 
 SMALL = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 10}
@@ -185,7 +185,7 @@ def test_rates_fall_from_the_head_down_in_every_family(name, stem):
     with torch.device("meta"):
         student = timm.create_model(name, depth=4, num_classes=10)
     optimizer = build_optimizer(OptimRecipe(lr=1.0, layer_decay=0.5), student, nn.ModuleDict(), 8)
-    build_schedule(ScheduleRecipe(epochs=4, warmup_epochs=1, warmup_lr=0.0), optimizer, 10).step_update(10)
+    Schedule(ScheduleRecipe(epochs=4, warmup_epochs=1, warmup_lr=0.0), optimizer, 10).step_update(10)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(student.named_parameters())
     assert len(rate) == len(parameters)
@@ -210,7 +210,7 @@ def test_frozen_parameters_are_left_out_and_nothing_is_an_error():
 
 def test_schedule_rises_then_falls_per_update():
     optimizer = build_optimizer(OptimRecipe(lr=1.0), nn.Linear(2, 2), nn.ModuleDict(), 8)
-    schedule = build_schedule(ScheduleRecipe(epochs=4, warmup_epochs=0.5, warmup_lr=0.0, min_lr=0.1), optimizer, 10)
+    schedule = Schedule(ScheduleRecipe(epochs=4, warmup_epochs=0.5, warmup_lr=0.0, min_lr=0.1), optimizer, 10)
     rates = []
     for update in range(40):
         schedule.step_update(update)

@@ -1,0 +1,111 @@
+"""Pyramids that do not fit each other, frozen stages and bad boxes, for MKD and the methods beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense_nets import SMALL, batch, detector, stages, teacher_of
+from torch import nn
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+import fastmkd
+
+METHODS = {
+    "mkd": lambda student, teacher, **options: fastmkd.MKD(student, teacher, mask_ratio=0.3, **SMALL, **options),
+    "mgd": lambda student, teacher, **options: fastmkd.DenseKD(student, teacher, base="mgd", **options),
+    "fgd": lambda student, teacher, **options: fastmkd.DenseKD(student, teacher, base="fgd", **options),
+}
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+def with_levels(names, stride=2):
+    """A RetinaNet whose pyramid has levels of other names, or of other strides: its stem's is `stride`."""
+    torch.manual_seed(0)
+    body = stages((4, 4, 8, 8))
+    body.conv1.stride = (stride, stride)
+    pyramid = BackboneWithFPN(body, names, [4, 8, 8][: len(names)], 8)
+    anchors = AnchorGenerator(((16,),) * (len(names) + 1), ((1.0,),) * (len(names) + 1))  # and "pool"
+    return RetinaNet(pyramid, 4, min_size=96, max_size=96, anchor_generator=anchors)
+
+
+@each_method
+def test_a_missing_level_is_named(method):
+    names = {"layer2": "0", "layer3": "1", "layer4": "2"}
+    student, teacher = with_levels({"layer2": "0", "layer3": "1"}), with_levels(names)
+    with pytest.raises(ValueError, match=r"has the levels 0, 1, pool but the teacher's .* 0, 1, 2, pool; pair them"):
+        METHODS[method](student, teacher)
+    pairs = {f"backbone.fpn:{key}": f"backbone.fpn:{key}" for key in ("0", "1")}
+    made = METHODS[method](student, teacher, layers=pairs)
+    assert [level.stride for level in made.levels] == [8, 16]
+
+
+@each_method
+def test_renamed_levels_are_paired_by_the_user(method):
+    student, teacher = (with_levels({f"layer{i}": f"{letter}{i}" for i in (2, 3, 4)}) for letter in "cp")
+    with pytest.raises(ValueError, match=r"c2, c3, c4, pool but the teacher's .* p2, p3, p4, pool; pair them"):
+        METHODS[method](student, teacher)
+    made = METHODS[method](student, teacher, layers={f"backbone.fpn:c{i}": f"backbone.fpn:p{i}" for i in (2, 3, 4)})
+    made(*batch()).loss.backward()
+
+
+@each_method
+def test_strides_that_differ_are_refused(method):
+    names = {"layer2": "0", "layer3": "1", "layer4": "2"}
+    with pytest.raises(ValueError, match=r"'backbone.fpn:0' has 32 x 32 positions but .*64 x 64; pair levels of"):
+        METHODS[method](with_levels(names), with_levels(names, stride=1))
+
+
+@each_method
+def test_widths_that_differ_are_adapted(method):
+    made = METHODS[method](detector(), teacher_of(out=20))
+    assert {(level.student_channels, level.teacher_channels) for level in made.levels} == {(8, 20)}
+    out = made(*batch())
+    out.loss.backward()
+    assert all(p.grad is not None for p in made.parameters() if p.requires_grad)
+
+
+@each_method
+def test_frozen_stages_stay_frozen(method):
+    student = detector()
+    parts = ("conv1", "bn1", "layer1")
+    frozen = [p.requires_grad_(False) for name, p in student.backbone.body.named_parameters() if name.startswith(parts)]
+    before = [p.clone() for p in frozen]
+    made = METHODS[method](student, teacher_of()).train()
+    optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=1e-3)
+    made(*batch()).loss.backward()
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(frozen, before, strict=True))
+    assert made.release() is student
+    assert not any(p.requires_grad for p in frozen)
+
+
+BAD_TARGETS = [
+    (lambda t: t[0]["boxes"][0].copy_(torch.tensor([9.0, 9, 9, 20])), r"\['boxes'\]\[0\] is .*, a box without area"),
+    (lambda t: t[0]["boxes"][1].copy_(torch.tensor([40.0, 9, 30, 20])), r"\['boxes'\]\[1\] is .* x0 < x1 and y0 < y1"),
+    (lambda t: t[0].update(labels=torch.tensor([1, 4])), r"holds 4, but this detector has the classes \d to 3"),
+    (lambda t: t[0].update(labels=torch.tensor([1, -1])), r"holds -1, but this detector has the classes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["fcos", "reppoints", "retinanet", "faster_rcnn"])
+def test_bad_boxes_and_labels_of_every_detector(kind):
+    teacher = teacher_of(kind)
+    for method in ("mkd", "mgd"):
+        made = METHODS[method](detector(kind), teacher).train()
+        for change, sentence in BAD_TARGETS:
+            images, targets = batch()
+            change(targets)
+            with pytest.raises(ValueError, match=sentence):
+                made(images, targets)
+        made.release()
+
+
+def test_a_part_that_does_not_get_the_images_cannot_be_masked():
+    student = detector()
+    with pytest.raises(
+        ValueError, match=r"is 'backbone.body.layer4', which gets maps of 8 channels and not the"
+    ):
+        fastmkd.MKD(student, teacher_of(), mask_ratio=0.3, backbone="backbone.body.layer4", **SMALL)
+    assert type(student.backbone.body["layer4"][0].conv1) is nn.Conv2d
