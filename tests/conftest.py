@@ -25,7 +25,7 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["FASTMKD_CACHE"], ignore_errors=True)
 
 
-# With `--dist loadfile` a worker gets whole files, in this order: the longest first, so that none is left over at the end.
+# With `--dist loadfile` a worker gets whole files, in this order: the longest first, so that none is left for the end.
 LONGEST = [
     "kernels/test_interpreter.py",
     "kernels/test_aot.py",
