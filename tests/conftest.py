@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 os.environ["FASTMKD_CACHE"] = tempfile.mkdtemp(prefix="fastmkd-test-cache-")  # before fastmkd is imported anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode finds no modules beside the tests (fresh)
 
 import torch
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()
     shutil.rmtree(os.environ["FASTMKD_CACHE"], ignore_errors=True)
 
 
+# With `--dist loadfile` a worker gets whole files, in this order: the longest first, so that none is left for the end.
+LONGEST = [
+    "kernels/test_interpreter.py",
+    "kernels/test_aot.py",
+]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    rank = {folder / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What is here now stays to the end: no garbage collection (each run of the trainer asks for one) looks again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

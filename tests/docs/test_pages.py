@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -37,12 +35,5 @@ def test_the_pages_with_code_are_here():
 def test_page(path, tmp_path):
     script = tmp_path / f"{path.stem}.py"
     script.write_text(program(path.read_text()))
-    run = subprocess.run(
-        [sys.executable, script],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    run = fresh.run(script, folder=tmp_path)
     assert run.returncode == 0, run.stderr

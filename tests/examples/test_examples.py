@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -43,14 +41,7 @@ def test_example(name, tmp_path):
     arguments, packages, promise = RUNS[name]
     for package in packages:
         pytest.importorskip(package)
-    run = subprocess.run(
-        [sys.executable, EXAMPLES / name, *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # tiny models: threads only wait for each other
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    run = fresh.run(EXAMPLES / name, *arguments, folder=tmp_path)
     assert run.returncode == 0, run.stderr
     number = re.search(promise, run.stdout)
     assert number, run.stdout

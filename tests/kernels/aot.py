@@ -2,14 +2,17 @@
 
 Run as a child process, with the interpreter off, since Triton decides at import which of the two it is:
 
-    TRITON_INTERPRET=0 python tests/kernels/aot.py REPORT.json
+    TRITON_INTERPRET=0 python tests/kernels/aot.py REPORT.json [--all]
 
 The report is a list of records: kernel file, case, architecture, registers, shared memory in bytes, and the faults as
-sentences; an empty list is a pass.
+sentences; an empty list is a pass. Without ``--all`` only the first case of a kernel file, and its first with matrix
+products, are compiled for every architecture; the others for one, in turn. Two cases that are spoilt on purpose, under
+the kernel name "spoilt", show that faults are found.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -87,18 +90,36 @@ def _disassemble(cubin):
         ]
 
 
-def main(report):
+def jobs(everything):
+    """(kernel file, case, architecture) of what is to be compiled; see above."""
+    turn = itertools.cycle(ARCHS)
+    for module in kernel_modules():
+        name, cases = module.__name__.rpartition(".")[2], module.AOT_CASES
+        everywhere = [cases[0], *[case for case in cases if case.mma][:1]]
+        for case in cases:
+            for arch in ARCHS if everything or case in everywhere else (next(turn),):
+                yield name, case, arch
+
+
+def spoilt():
+    """The resize with fusion allowed, and 64 values a thread in the selection."""
+    from fastmkd.kernels.select_tokens import AOT_CASES as CASES
+
+    yield "spoilt", dataclasses.replace(CASES[0], options={"enable_fp_fusion": True}), 90
+    yield "spoilt", dataclasses.replace(CASES[-1], constexprs={"BLOCK": 2048}, options={"num_warps": 1}), 90
+
+
+def main(report, *options):
     records = []
     # Disassembly takes as long as compilation, in a process of its own: it runs beside the next compilation.
     with ThreadPoolExecutor(1) as pool:
-        for module in kernel_modules():
-            for case, arch in itertools.product(module.AOT_CASES, ARCHS):
-                label = {"kernel": module.__name__.rpartition(".")[2], "case": case.name, "arch": arch}
-                try:
-                    records.append((label, pool.submit(inspect, case, arch, compile_case(case, arch))))
-                except Exception as error:  # a case that fails to compile must not hide the others
-                    fault = f"does not compile: {type(error).__name__}: {error}"
-                    records.append((label, pool.submit(dict, faults=[fault])))
+        for kernel, case, arch in (*jobs("--all" in options), *spoilt()):
+            label = {"kernel": kernel, "case": case.name, "arch": arch}
+            try:
+                records.append((label, pool.submit(inspect, case, arch, compile_case(case, arch))))
+            except Exception as error:  # a case that fails to compile must not hide the others
+                fault = f"does not compile: {type(error).__name__}: {error}"
+                records.append((label, pool.submit(dict, faults=[fault])))
         finished = [{**label, **future.result()} for label, future in records]
     Path(report).write_text(json.dumps(finished, indent=1))
 
@@ -106,4 +127,4 @@ def main(report):
 if __name__ == "__main__":
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("set TRITON_INTERPRET=0: interpreted kernels cannot be compiled.")
-    main(sys.argv[1])
+    main(*sys.argv[1:])

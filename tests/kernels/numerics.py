@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from fastmkd.ops.accuracy import judge, upcast
 
 INTERPRETED = triton_backend.interpreted()
 DEVICE = "cpu" if INTERPRETED else "cuda"
+AGAIN = 0 if INTERPRETED else 5  # the interpreter does one thing after another: nothing can differ
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -26,8 +29,21 @@ def check(name: str, args: tuple[Any, ...]) -> None:
     out = run(*args)
     verdict = judge(out, reference(*upcast(args)), reference(*args))
     assert verdict.ok, verdict
-    for _ in range(1 if INTERPRETED else 5):
+    for _ in range(AGAIN):
         assert torch.equal(run(*args), out), "two runs on the same inputs differ"
+
+
+def crossed(cases: Iterable[Any], dtypes: list[torch.dtype] = DTYPES) -> list[Any]:
+    """Every case with every dtype; in the interpreter, where they differ in casts only, they take turns unless long."""
+    return [
+        pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}", marks=long_unless(turn % len(dtypes) == number))
+        for turn, case in enumerate(cases)
+        for number, dtype in enumerate(dtypes)
+    ]
+
+
+def long_unless(quick: bool) -> list[Any]:
+    return [] if quick or not INTERPRETED else [pytest.mark.long]
 
 
 def small_or_all(small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import DEVICE, INTERPRETED, check, draw, product_dtypes, small_or_all
+from numerics import DEVICE, INTERPRETED, check, crossed, draw, product_dtypes, small_or_all
 
 from fastmkd.ops import get_op
 from fastmkd.ops import triton as triton_backend
@@ -50,8 +50,7 @@ LARGE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", product_dtypes(), ids=str)
-@pytest.mark.parametrize("case", small_or_all(SMALL, LARGE))
+@pytest.mark.parametrize(("case", "dtype"), crossed(small_or_all(SMALL, LARGE), product_dtypes()))
 def test_packed_attention(case: str, dtype: torch.dtype) -> None:
     check("packed_attention", attention_args(dtype, **{**SMALL, **LARGE}[case]))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import DEVICE, INTERPRETED, check, draw, product_dtypes, small_or_all
+from numerics import DEVICE, INTERPRETED, check, crossed, draw, long_unless, product_dtypes, small_or_all
 from torch import Tensor
 
 from fastmkd.ops import get_op
@@ -35,8 +35,7 @@ CASES_LARGE = {
 }
 
 
-@pytest.mark.parametrize("dtype", product_dtypes(), ids=str)
-@pytest.mark.parametrize("case", small_or_all(CASES, CASES_LARGE))
+@pytest.mark.parametrize(("case", "dtype"), crossed(small_or_all(CASES, CASES_LARGE), product_dtypes()))
 def test_centred_gram(case: str, dtype: torch.dtype) -> None:
     options = dict({**CASES, **CASES_LARGE}[case])
     check("centred_gram", layers(dtype, options.pop("n"), *options.pop("widths"), **options))
@@ -64,9 +63,9 @@ def test_every_tile_of_the_table(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("dtype", "sample"),
     [
-        pytest.param(dtype, sample, id=f"{str(dtype)[6:]}-{sample.name}")
-        for dtype in product_dtypes()
-        for sample in get_op("centred_gram").samples(DEVICE, dtype)
+        pytest.param(dtype, sample, id=f"{str(dtype)[6:]}-{sample.name}", marks=long_unless(turn % 2 == number))
+        for number, dtype in enumerate(product_dtypes())
+        for turn, sample in enumerate(get_op("centred_gram").samples(DEVICE, dtype))
         if not sample.huge and (not INTERPRETED or get_op("centred_gram").cost(*sample.args).flops < 1e6)
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import DEVICE, INTERPRETED, check, draw, product_dtypes, small_or_all
+from numerics import DEVICE, INTERPRETED, check, crossed, draw, long_unless, product_dtypes, small_or_all
 from torch import Tensor
 
 from fastmkd.nn.masks import random_mask
@@ -130,24 +130,22 @@ def build(case: str, dtype: torch.dtype) -> tuple[Any, ...]:
     return conv_args(dtype, **SMALL[case]) if case in SMALL else plan_args(dtype, **LARGE[case])
 
 
-@pytest.mark.parametrize("dtype", product_dtypes(), ids=str)
-@pytest.mark.parametrize("case", small_or_all(SMALL, LARGE))
+@pytest.mark.parametrize(("case", "dtype"), crossed(small_or_all(SMALL, LARGE), product_dtypes()))
 def test_masked_conv2d(case: str, dtype: torch.dtype) -> None:
     check("masked_conv2d", build(case, dtype))
 
 
-@pytest.mark.parametrize("dtype", product_dtypes(), ids=str)
-@pytest.mark.parametrize("case", small_or_all(SMALL, LARGE))
+@pytest.mark.parametrize(("case", "dtype"), crossed(small_or_all(SMALL, LARGE), product_dtypes()))
 def test_masked_conv2d_weight(case: str, dtype: torch.dtype) -> None:
     check("masked_conv2d_weight", weight_args(build(case, dtype)))
 
 
 def registry_samples() -> list[Any]:
     return [
-        pytest.param(name, sample, id=f"{name}-{str(dtype)[6:]}-{sample.name}")
+        pytest.param(name, sample, id=f"{name}-{str(dtype)[6:]}-{sample.name}", marks=long_unless(turn % 2 == number))
         for name in ("masked_conv2d", "masked_conv2d_weight")
-        for dtype in product_dtypes()
-        for sample in get_op(name).samples(DEVICE, dtype)
+        for number, dtype in enumerate(product_dtypes())
+        for turn, sample in enumerate(get_op(name).samples(DEVICE, dtype))
         if not sample.huge
         if not INTERPRETED or get_op(name).cost(*sample.args).flops < 4e6
     ]

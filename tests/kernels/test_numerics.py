@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import DEVICE, DTYPES, INTERPRETED, check, draw, product_dtypes, small_or_all
+from numerics import DEVICE, DTYPES, INTERPRETED, check, crossed, draw, long_unless, product_dtypes, small_or_all
 from torch import Tensor
 
 from fastmkd.ops import get_op
@@ -131,8 +131,7 @@ PATCHES_LARGE = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", small_or_all(SALIENCY, SALIENCY_LARGE))
+@pytest.mark.parametrize(("case", "dtype"), crossed(small_or_all(SALIENCY, SALIENCY_LARGE)))
 def test_cls_saliency(case: str, dtype: torch.dtype) -> None:
     check("cls_saliency", saliency_args(dtype, **{**SALIENCY, **SALIENCY_LARGE}[case]))
 
@@ -142,8 +141,7 @@ def test_select_tokens(case: str) -> None:
     check("select_tokens", {**MAPS, **MAPS_LARGE}[case]())
 
 
-@pytest.mark.parametrize("dtype", product_dtypes(), ids=str)
-@pytest.mark.parametrize("case", small_or_all(PATCHES, PATCHES_LARGE))
+@pytest.mark.parametrize(("case", "dtype"), crossed(small_or_all(PATCHES, PATCHES_LARGE), product_dtypes()))
 def test_patch_embed(case: str, dtype: torch.dtype) -> None:
     check("patch_embed", patch_args(dtype, **{**PATCHES, **PATCHES_LARGE}[case]))
 
@@ -162,14 +160,16 @@ def test_every_tile_of_the_table(dtype: torch.dtype) -> None:
 
 def registry_samples() -> list[Any]:
     return [
-        pytest.param(name, sample, id=f"{name}-{str(dtype)[6:]}-{sample.name}")
+        pytest.param(
+            name, sample, id=f"{name}-{str(dtype)[6:]}-{sample.name}", marks=long_unless(turn % len(dtypes) == number)
+        )
         for name, dtypes in (
             ("cls_saliency", DTYPES),
             ("select_tokens", [torch.float32]),
             ("patch_embed", product_dtypes()),
         )
-        for dtype in dtypes
-        for sample in get_op(name).samples(DEVICE, dtype)
+        for number, dtype in enumerate(dtypes)
+        for turn, sample in enumerate(get_op(name).samples(DEVICE, dtype))
         if not sample.huge  # those are left to the tests generated from the registry
         if not INTERPRETED or get_op(name).cost(*sample.args).flops < 1e8
     ]

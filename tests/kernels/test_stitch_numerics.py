@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import DEVICE, DTYPES, INTERPRETED, check, draw
+from numerics import DEVICE, INTERPRETED, check, crossed, draw
 
 from fastmkd.ops import triton as triton_backend
 
@@ -21,8 +21,7 @@ def arguments(batch: int, tokens: int, width: int, dtype: torch.dtype = torch.fl
     return student.to(DEVICE, dtype), teacher.to(DEVICE, dtype), mask.to(DEVICE), position.to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), crossed(SHAPES))
 def test_stitch_tokens(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     check("stitch_tokens", arguments(*shape, dtype))
 

@@ -139,7 +139,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_measure_the_global_batch(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(worker, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     x, y = maps(16)
     for rank in (0, 1):
         whole, alone, ragged, small = torch.load(tmp_path / f"{rank}.pt")

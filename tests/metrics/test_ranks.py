@@ -38,7 +38,7 @@ def worker(rank: int, folder: str, first_rank_has: int) -> None:
 
 
 def check(folder: Path, first_rank_has: int) -> None:
-    mp.spawn(worker, args=(str(folder), first_rank_has), nprocs=2)
+    mp.start_processes(worker, args=(str(folder), first_rank_has), nprocs=2, start_method="forkserver")
     acc = fastmkd.MinibatchCKA()
     for xs, ys in minibatches():
         acc.update(xs, ys)

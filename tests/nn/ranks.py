@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
+
+import fresh
 
 START = """
 import torch, torch.distributed as dist
@@ -22,22 +20,7 @@ print("rank", rank, "done")
 
 def run_ranks(program: str, folder: Path, count: int = 2) -> None:
     """Every rank runs `program`, which finds torch, dist and its rank, to the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     script = folder / "worker.py"
     script.write_text(START + program + END)
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    for rank, worker in enumerate(workers):
-        output, _ = worker.communicate(timeout=120)
-        assert f"rank {rank} done" in output, output
+    for rank, done in enumerate(fresh.run_ranks(script, folder=folder, count=count)):
+        assert f"rank {rank} done" in done.stdout, done.stdout + done.stderr

@@ -92,12 +92,15 @@ def test_gradcheck(op: Op, sample: Sample) -> None:
     assert torch.autograd.gradcheck(call, inputs, fast_mode=sum(t.numel() for t in inputs) > 400)
 
 
+@pytest.mark.parametrize("traced", [1, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", sorted(OPS))
-def test_opcheck(name: str, device: str) -> None:
-    for sample in OPS[name].samples(device, torch.float32)[:4]:
+def test_opcheck(name: str, device: str, traced: int) -> None:
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    for number, sample in enumerate(OPS[name].samples(device, torch.float32)[:4]):
         args = [map_tensors(_leaf, (a,))[0] if i in sample.grad else a for i, a in enumerate(sample.args)]
-        torch.library.opcheck(OPS[name].entry, args)
+        # The last one traces the op and its gradient with unknown sizes, which takes seconds a sample.
+        torch.library.opcheck(OPS[name].entry, args, test_utils=checks if number < traced else checks[:-1])
 
 
 def _bad() -> list[Any]:

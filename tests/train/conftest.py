@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -64,14 +65,35 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs ``fastmkd ARGUMENTS`` in a process of its own, in the test's folder."""
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "fastmkd.train.cli", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        return fresh.run("fastmkd.train.cli", *arguments, folder=tmp_path, **environment)
+
+    return run
+
+
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from fastmkd.train.cli import main
+
+def kill():
+    while len(list(Path("runs/killed/checkpoints").glob("step_*"))) < 2:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=kill, daemon=True).start()
+main(["train", *sys.argv[1:], "--name=killed", "--run.save_every=1"])
+"""
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Callable[..., None]:
+    """Trains a recipe with these options, as run ``killed``, until SIGKILL comes soon after the second checkpoint."""
+
+    def run(*arguments: str) -> None:
+        script = tmp_path / "killed.py"
+        script.write_text(KILLED)
+        done = fresh.run(script, *arguments, folder=tmp_path)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not (tmp_path / "runs/killed/result.json").exists(), "it ended before it could be killed"
 
     return run

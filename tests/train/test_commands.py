@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,7 +110,7 @@ def test_debug_shows_where(recipes, monkeypatch):
 
 
 def test_missing_extra_says_what_to_install(recipes, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "jsonargparse", None)
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
     assert main(["train", "teacher.yaml"]) == 2
     assert 'pip install "fastmkd[train]"' in capsys.readouterr().err
 
@@ -128,7 +130,9 @@ def test_processes(command, recipes):
     shown = command("env")
     assert shown.returncode == 0, shown.stderr
     assert "torch" in shown.stdout
-    wrong = command("train", "none.yaml")
+    wrong = subprocess.run(  # a new process, as a user starts it
+        [sys.executable, "-m", "fastmkd.train.cli", "train", "none.yaml"], capture_output=True, text=True, check=False
+    )
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
     assert command("train", "none.yaml", FASTMKD_DEBUG="1").stderr.count("Traceback") == 1

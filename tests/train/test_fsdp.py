@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import fresh
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -145,16 +143,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipes = {"teacher.yaml": TEACHER, "student.yaml": STUDENT, "cnn.yaml": CNN, "dmae.yaml": DMAE}
     for name, text in {**recipes, "worker.py": WORKER}.items():
         (path / name).write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py"],
-        cwd=path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = fresh.run_ranks(path / "worker.py", folder=path, CUDA_VISIBLE_DEVICES="")
+    assert [done.returncode for done in ranks] == [0, 0], [done.stderr[-4000:] for done in ranks]
     return path
 
 
