@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -273,7 +274,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
     # Copies, because safetensors refuses tensors that share memory (tied weights).
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     try:
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
         save_file(plain, path, metadata=dict(metadata or {"format": "pt"}))
+        path.chmod(mode)  # safetensors may leave files that nobody else can read
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

