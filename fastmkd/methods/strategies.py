@@ -191,7 +191,11 @@ class ExternalSaliency(MaskStrategy):
         if isinstance(model, str):
             if weights is None:
                 raise ValueError(f"model is {model!r} without weights; give the file of its trained weights.")
-            model = timm.create_model(model, checkpoint_path=weights, **(kwargs or {}))
+            model = timm.create_model(model, **(kwargs or {}))
+            try:  # older versions of timm would run code in the file unless told not to
+                timm.models.load_checkpoint(model, weights, weights_only=True)
+            except Exception as error:  # timm, PyTorch and safetensors raise anything
+                raise ValueError(f"the weights {weights} do not fit, are damaged, or were refused: {error}") from None
         self.vit = model if isinstance(model, MaskedViT) else MaskedViT(model)
         if self.vit.num_prefix_tokens < 1:
             raise ValueError("model has no CLS token, whose attention is the saliency; choose another.")

@@ -78,7 +78,7 @@ def check(q: Tensor, k: Tensor, num_prefix_tokens: int, scale: float, include_pr
         raise TypeError(f"k has dtype {k.dtype} but q has {q.dtype}; cast one to the other.")
     if k.device != q.device:
         raise ValueError(f"k is on {k.device} but q is on {q.device}; move them to one device.")
-    if q.dim() != 3:
+    if q.dim() != 3 or min(q.shape[1:]) < 1:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected (B, H, d), the query of the CLS token alone.")
     if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != tuple(q.shape):
         raise ValueError(f"k has shape {tuple(k.shape)}; expected (B, H, P + N, d) with B, H, d of q {tuple(q.shape)}.")

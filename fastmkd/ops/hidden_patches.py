@@ -68,13 +68,13 @@ def check_patches(prediction: Tensor, images: Tensor, hidden: Tensor, patch_h: i
         raise ValueError(
             f"patch_size is ({patch_h}, {patch_w}); expected two numbers that divide the images' {height} x {width}."
         )
-    values, m = patch_h * patch_w * channels, hidden.shape[-1]
+    values = patch_h * patch_w * channels
     if hidden.dim() != 2 or hidden.shape != prediction.shape[:2]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}; expected {tuple(prediction.shape[:2])}, a number for each patch "
             "that is predicted."
         )
-    if tuple(prediction.shape) != (batch, m, values):
+    if tuple(prediction.shape) != (batch, hidden.shape[1], values):
         raise ValueError(
             f"prediction has shape {tuple(prediction.shape)}; expected ({batch}, m, {values}) for {patch_h} x "
             f"{patch_w} patches of images {tuple(images.shape)}."

@@ -103,12 +103,12 @@ def check(
     order_back: Tensor,
     groups: int,
 ) -> None:
-    if values.dim() != 2:
+    if values.dim() != 2 or values.shape[1] < 1:
         raise ValueError(f"values has shape {tuple(values.shape)}; expected (N, Cin), a row per visible pixel.")
     if not values.is_floating_point():
         raise TypeError(f"values has dtype {values.dtype}; expected a floating-point dtype.")
-    if weight.dim() != 4:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (Cout, Cin / groups, kh, kw).")
+    if weight.dim() != 4 or min(weight.shape) < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (Cout, Cin / groups, kh, kw), none 0.")
     n_in, cin = values.shape
     # Empty tables are those of a gradient that nobody wants. A size that a traced graph does not know is not 0.
     rows_back = n_in

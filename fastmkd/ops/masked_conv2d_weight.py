@@ -64,9 +64,12 @@ def reference(values: Tensor, grad: Tensor, taps: Tensor, order: Tensor, kh: int
 
 
 def check(values: Tensor, grad: Tensor, taps: Tensor, order: Tensor, kh: int, kw: int, groups: int) -> None:
+    for name, tensor in (("values", values), ("grad", grad), ("taps", taps)):
+        if tensor.dim() != 2 or tensor.shape[1] < 1:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected a row per pixel, none of them empty.")
+    if min(kh, kw) < 1:
+        raise ValueError(f"the kernel is ({kh}, {kw}); expected two positive numbers.")
     for name, tensor in (("values", values), ("grad", grad)):
-        if tensor.dim() != 2:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected two dimensions, a row per pixel.")
         if groups < 1 or tensor.shape[1] % groups:
             raise ValueError(f"groups is {groups}, which does not divide the {tensor.shape[1]} channels of {name}.")
     if not values.is_floating_point():

@@ -124,8 +124,8 @@ def check(
         raise ValueError(f"images has shape {tuple(images.shape)}; expected (B, C, H, W).")
     if not images.is_floating_point():
         raise TypeError(f"images has dtype {images.dtype}; expected a floating-point dtype, scale the pixels first.")
-    if weight.dim() != 4 or weight.shape[1] != images.shape[1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (D, {images.shape[1]}, ph, pw).")
+    if weight.dim() != 4 or weight.shape[1] != images.shape[1] or min(weight.shape) < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (D, {images.shape[1]}, ph, pw), none 0.")
     dim, _, ph, pw = weight.shape
     if min(stride_h, stride_w) < 1:
         raise ValueError(f"stride is ({stride_h}, {stride_w}); expected two positive numbers.")

@@ -23,6 +23,7 @@ __all__ = ["resize", "select_tokens"]
 
 SCHEMA = "select_tokens(Tensor saliency, int k, int grid_h, int grid_w, int target_h, int target_w) -> Tensor"
 FLOAT32 = (torch.float32,)
+MOST_CELLS = 1 << 30  # positions are 32-bit inside the kernels
 
 
 def select_tokens(
@@ -116,8 +117,8 @@ def check(saliency: Tensor, k: int, grid_h: int, grid_w: int, target_h: int, tar
     if not saliency.is_contiguous():
         raise ValueError(f"saliency has strides {saliency.stride()}; expected a contiguous tensor, call .contiguous().")
     for name, grid in (("grid", (grid_h, grid_w)), ("target_grid", (target_h, target_w))):
-        if min(grid) < 1:
-            raise ValueError(f"{name} is {grid}; expected two positive numbers.")
+        if min(grid) < 1 or grid[0] * grid[1] > MOST_CELLS:
+            raise ValueError(f"{name} is {grid}; expected two positive numbers, {MOST_CELLS} cells at most.")
     if grid_h * grid_w != saliency.shape[1]:
         raise ValueError(
             f"grid ({grid_h}, {grid_w}) has {grid_h * grid_w} cells but saliency has {saliency.shape[1]} scores a row."

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .pictures import open_picture
+
 __all__ = ["BoxPictures", "BoxTable"]
 
 
@@ -83,10 +85,8 @@ class BoxPictures:
         Raises:
             ValueError: the file has another size than its boxes were made for.
         """
-        from PIL import Image
-
         number = int(self.index[index])
-        with Image.open(self.paths[number]) as picture:
+        with open_picture(self.paths[number]) as picture:
             said = tuple(self.sizes[number].tolist())
             if picture.size != said:
                 raise ValueError(

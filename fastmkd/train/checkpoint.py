@@ -1,7 +1,8 @@
 """Checkpoints that are either complete or not there: safetensors and JSON, no pickle.
 
 A checkpoint is a folder ``step_00000123`` with ``NAME.safetensors`` files and ``state.json``, which lists size and
-SHA-256 of every file. It is written under another name in the same folder, flushed to the disk, then renamed.
+SHA-256 of every file. It is written under a hidden name in the same folder, flushed to the disk, then renamed; so is
+all that is removed. Whatever moment a process is killed at, the folder holds the old checkpoint or the new one.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +21,24 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, cannot_write
 
-__all__ = ["Checkpoint", "atomic_write", "load_checkpoint", "newest_checkpoint", "save_checkpoint", "save_tensors"]
+__all__ = [
+    "Checkpoint",
+    "atomic_write",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "remove_parts",
+    "save_checkpoint",
+    "save_tensors",
+]
 
 STATE = "state.json"
+SEAL = "sha256"  # of the rest of that file; checkpoints of older versions have none
 FORMAT = 1
+PART = ".part"  # ends the hidden name of what is being written or removed
+OLD = ".old"  # of a checkpoint whose place is being taken
+STEP = re.compile(r"step_(\d{8,})|\.step_(\d{8,})" + re.escape(OLD))
 
 
 @dataclass
@@ -46,7 +61,10 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
 
     Args:
         path: the file.
-        write: writes the new content to the path that it gets, in the same folder.
+        write: writes the new content to the path that it gets, in a hidden folder beside the file.
+
+    Raises:
+        UserError: the disk is full, or the folder may not be written to; the old file is still there.
 
     Example:
         >>> import tempfile; folder = Path(tempfile.mkdtemp())
@@ -55,15 +73,27 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
         ['a.txt']
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+    part = _hidden(path)
     try:
-        write(part)
-        _flush(part)
-        part.replace(path)
+        part.mkdir(parents=True)  # a folder, for what writes may make files of its own that a kill leaves behind
+        write(part / path.name)
+        _flush(part / path.name)
+        (part / path.name).replace(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from None
     finally:
-        part.unlink(missing_ok=True)
-    _flush(path.parent)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_parts(folder: str | Path) -> None:
+    """Removes what killed processes were writing to the files of a folder that nobody else writes to now.
+
+    Args:
+        folder: of files that `atomic_write` replaces.
+    """
+    for part in list(Path(folder).glob(f".*{PART}")):
+        shutil.rmtree(part)
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -87,37 +117,44 @@ def save_checkpoint(
         step: updates done.
         tensors: by file, then by name.
         state: JSON-able.
-        keep: how many complete checkpoints to leave.
+        keep: how many complete checkpoints to leave, this one among them.
 
     Returns:
         The folder of the checkpoint.
+
+    Raises:
+        UserError: the disk is full, or the folder may not be written to; the older checkpoints are still there.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step_*"):  # of a run that was killed while it wrote
-        shutil.rmtree(leftover)
     target = folder / f"step_{step:08d}"
-    part = folder / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
-    part.mkdir()
+    part = _hidden(target)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _tidy(folder)
+        part.mkdir()
         files = {}
         for name, values in tensors.items():
             path = part / f"{name}.safetensors"
             _write_tensors(path, values)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
             _flush(path)
-        (part / STATE).write_text(json.dumps({"format": FORMAT, "step": step, "files": files, "state": state}))
+        content = {"format": FORMAT, "step": step, "files": files, "state": state}
+        (part / STATE).write_text(json.dumps({**content, SEAL: _seal(content)}))
         _flush(part / STATE)
         _flush(part)
-        if target.exists():  # only a damaged one can be there: a run never repeats a step it has saved
-            shutil.rmtree(target)
+        aside = folder / f".{target.name}{OLD}"
+        if target.exists():  # damaged, or of a run that goes on from an older one
+            target.rename(aside)
         part.rename(target)
-    except BaseException:
+        _flush(folder)
+        if aside.exists():
+            _remove(aside)
+        for old in [path for path in _steps(folder) if path != target][keep - 1 :]:
+            _remove(old)
+    except OSError as error:
+        raise cannot_write(target, error) from None
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise
-    _flush(folder)
-    for old in _steps(folder)[keep:]:
-        shutil.rmtree(old)
     return target
 
 
@@ -130,18 +167,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UserError: not a checkpoint, or a file of it is missing, cut off or changed.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
-    try:
-        content = json.loads((path / STATE).read_text())
-        files, step, state, version = content["files"], content["step"], content["state"], content["format"]
-    except FileNotFoundError:
-        raise UserError(f"{path} is not a checkpoint: it has no {STATE}; name a folder like step_00000123.") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"the checkpoint {path} is damaged: {STATE} is cut off or changed; use an older one.") from None
-    if version != FORMAT:
-        raise UserError(f"the checkpoint {path} has format {version}; this fastmkd reads format {FORMAT}.")
+    step, files, state = _read_state(path)
     tensors = {}
     for name, expected in files.items():
         file = path / name
@@ -150,10 +180,40 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise UserError(
                 f"the checkpoint {path} is damaged: {name} has {size} of {expected['bytes']} bytes; use an older one."
             )
-        if _digest(file) != expected["sha256"]:
-            raise UserError(f"the checkpoint {path} is damaged: the content of {name} has changed; use an older one.")
-        tensors[file.stem] = load_file(file)
+        try:
+            if _digest(file) != expected["sha256"]:
+                raise UserError(
+                    f"the checkpoint {path} is damaged: the content of {name} has changed; use an older one."
+                )
+            tensors[file.stem] = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the checkpoint {path}: {name} cannot be read ({error}); use an older one.") from None
     return Checkpoint(step, tensors, state)
+
+
+def _read_state(path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Step, files and state; nothing in the file is believed before it is looked at."""
+    try:
+        content = json.loads((path / STATE).read_text())
+        seal = content.pop(SEAL, None)
+        version, step, files, state = (content[key] for key in ("format", "step", "files", "state"))
+        if version != FORMAT:
+            raise UserError(f"the checkpoint {path} has format {version!r}; this fastmkd reads format {FORMAT}.")
+        whole = seal in (None, _seal(content)) and type(step) is int and step >= 0 and isinstance(state, dict)
+        for name, expected in files.items():  # files of this folder alone
+            whole &= Path(name).name == name and name.endswith(".safetensors")
+            whole &= type(expected["bytes"]) is int and isinstance(expected["sha256"], str)
+        if not whole:
+            raise ValueError
+    except UserError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} is not a checkpoint: it has no {STATE}; name a folder like step_00000123.") from None
+    except OSError as error:
+        raise UserError(f"the checkpoint {path} cannot be read ({error}); use an older one.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"the checkpoint {path} is damaged: {STATE} is cut off or changed; use an older one.") from None
+    return step, files, state
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Checkpoint | None, list[str]]:
@@ -180,16 +240,53 @@ def newest_checkpoint(folder: str | Path) -> tuple[Checkpoint | None, list[str]]
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Folders of complete checkpoints, newest first."""
-    return sorted(folder.glob("step_*"), reverse=True)
+    """Folders of complete checkpoints, newest first; one whose place was being taken comes behind its successor."""
+    found = [(match, path) for path in folder.glob("*step_*") if (match := STEP.fullmatch(path.name))]
+    found.sort(key=lambda pair: (int(pair[0][1] or pair[0][2]), pair[0][1] is not None), reverse=True)
+    return [path for _, path in found]
+
+
+def _tidy(folder: Path) -> None:
+    """Ends what a killed process began: puts back what it was replacing, removes what it was writing or removing."""
+    for old in list(folder.glob(f".step_*{OLD}")):
+        target = folder / old.name[1 : -len(OLD)]
+        if not target.exists():
+            old.rename(target)
+    for left in list(folder.glob(".step_*")):
+        shutil.rmtree(left)
+
+
+def _hidden(path: Path) -> Path:
+    return path.parent / f".{path.name.lstrip('.')}.{uuid.uuid4().hex[:8]}{PART}"
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint so that no half of it is ever seen."""
+    part = _hidden(folder)
+    folder.rename(part)
+    shutil.rmtree(part)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # Copies, because safetensors refuses tensors that share memory (tied weights).
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    save_file(plain, path, metadata=dict(metadata or {"format": "pt"}))
+    try:
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        save_file(plain, path, metadata=dict(metadata or {"format": "pt"}))
+        path.chmod(mode)  # safetensors may leave files that nobody else can read
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+
+
+def _seal(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()  # the text that the file's own makes again
 
 
 def _digest(path: Path) -> str:

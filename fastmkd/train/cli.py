@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -33,6 +34,9 @@ EXTRAS = {
     "accelerate", "jsonargparse", "matplotlib", "pycocotools", "rich", "safetensors",
     "segmentation_models_pytorch", "sklearn", "tensorboard", "torchvision", "yaml",
 }  # fmt: skip
+
+# What disks and folders may answer to any file that is read or written.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +101,12 @@ def _guarded(call: Callable[[], int]) -> int:
         if isinstance(error, UserError | ArgumentError | ValueError | TypeError):
             hint = "" if isinstance(error, UserError | ArgumentError) else " (FASTMKD_DEBUG=1 shows where.)"
             return _fail(f"{error}{hint}")
+        if isinstance(error, OSError) and error.errno in DISK:
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(
+                f"{where}{error.strerror}. What a run had saved is whole: mend this, then give the same command again. "
+                "(FASTMKD_DEBUG=1 shows where.)"
+            )
         raise
 
 

@@ -22,6 +22,7 @@ LAYOUT = (
     "expected root/train.json beside the folder root/train, and the same for val; or COCO's own "
     "root/annotations/instances_train2017.json and root/train2017"
 )
+MOST = 2**53  # of any number in a file; sums and tensors hold it
 
 
 class CocoPart(NamedTuple):
@@ -115,7 +116,7 @@ def read_coco(file: Path, folder: Path) -> CocoPart:
 def _read_json(file: Path) -> dict[str, list[Any]]:
     try:
         content = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}); get the file again.") from None
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -129,7 +130,7 @@ def _read_json(file: Path) -> dict[str, list[Any]]:
 
 def _get(entry: Any, key: str, kind: type | tuple[type, ...], what: str, file: Path) -> Any:
     value = entry.get(key) if isinstance(entry, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and abs(value) > MOST):
         name = f"id {entry['id']}" if isinstance(entry, dict) and "id" in entry else repr(entry)[:60]
         kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise UserError(f"{file}: {what} with {name} has {key} {value!r}; expected {kinds}.")
@@ -185,12 +186,12 @@ def _boxes(
             lost["image_id"].append(f"{names[-1]} ({image})")
         if category not in labels:
             lost["category_id"].append(f"{names[-1]} ({category})")
-        whole = len(bbox) == 4 and all(isinstance(value, int | float) for value in bbox)
+        whole = len(bbox) == 4 and all(isinstance(value, int | float) and abs(value) <= MOST for value in bbox)
         places.append(ids.get(image, 0))
         boxes.append(bbox if whole else [math.nan] * 4)
         classes.append(labels.get(category, 0))
         crowds.append(bool(entry.get("iscrowd")))
-        areas.append(area if isinstance(area, int | float) and 0 < area < math.inf else math.nan)
+        areas.append(area if isinstance(area, int | float) and 0 < area <= MOST else math.nan)
     for key, listed in {"image_id": "images", "category_id": "categories"}.items():
         if lost[key]:
             raise UserError(

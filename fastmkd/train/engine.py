@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .accelerator import make_accelerator
-from .bad_batch import keep_bad_batch
+from .bad_batch import Skips, Tried, keep_bad_batch
 from .build import Setup, assemble
 from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint, save_tensors
 from .errors import UserError, shorten
 from .evaluate import evaluate_loss, summary
 from .interrupt import Interrupts, RunInterrupted
 from .loading import Batch, Loader, epoch_plan
-from .logs import RunLog
+from .logs import RunLog, headline
 from .meter import Meter
 from .optim import Schedule, build_optimizer
 from .over_training import Snapshots
@@ -46,7 +46,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     Returns:
         What ``result.json`` holds: ``top1``, ``top5`` and ``loss`` on the test pictures (of a detector ``map`` and its
         like, of a method that pre-trains its loss and terms there), ``epochs``, ``updates``, ``seconds``,
-        ``images_per_second``, ``milliseconds_per_update``, ``bad_pictures``, ``weights``.
+        ``images_per_second``, ``milliseconds_per_update``, ``skipped_updates``, ``bad_pictures``, ``weights``.
 
     Raises:
         UserError: the recipe or the data do not fit, the folder belongs to another run, or the loss is not finite.
@@ -121,6 +121,7 @@ class Trainer:
             register_fsdp_forward_method(self.method, "pictures")  # gathers weights for it as for `forward`
         self.snapshots = Snapshots(setup, run, self.test_loader, self.finish_test, accelerator)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
+        self.skips = Skips(self)
 
     def plan(self, epoch: int) -> Tensor:
         """Returns which pictures each batch of an epoch takes on this process; see `epoch_plan`.
@@ -155,7 +156,7 @@ class Trainer:
         log = RunLog(self.run, self.total, self.step, accelerator.is_main_process, recipe.run.tensorboard)
         with log:
             warnings = [f"warning: {problem}" for problem in [*self.setup.source.notes, *problems]]
-            for line in (self._headline(), *self.task.notes(self.student), *warnings):
+            for line in (headline(self), *self.task.notes(self.student), *warnings):
                 log.say(line)
             scores: dict[str, float] = {}
             for epoch in range(self.step // self.updates_per_epoch, recipe.schedule.epochs):
@@ -181,6 +182,7 @@ class Trainer:
             "seconds": time.perf_counter() - began,
             "images_per_second": meter.images / max(meter.seconds, 1e-9),
             "milliseconds_per_update": 1e3 * meter.seconds / updates,
+            "skipped_updates": self.skips.count,
             "bad_pictures": bad,
             "weights": str(self.run.weights),
         }
@@ -220,6 +222,8 @@ class Trainer:
         recipe, accelerator, accumulate = self.recipe, self.accelerator, self.recipe.optim.accumulate
         self.schedule.step_update(self.step)
         self.setup.method.set_epoch(self.step / self.updates_per_epoch)
+        self.skips.begin()
+        tried: list[Tried] = []
         for micro in range(accumulate):
             batch = next(batches)
             images, targets = self.finished(batch, self.step, micro)
@@ -229,12 +233,16 @@ class Trainer:
                 with accelerator.autocast():
                     out = self.method(images, targets, **told)
                 accelerator.backward(out.loss / accumulate)
-            meter.add(out.loss, out.terms, len(images) * accelerator.num_processes)
+            tried.append(self.skips.tried(out, images, targets))
+        self.step += 1
+        if self.skips.leaves_out(tried):
+            return
+        for one in tried:
+            meter.add(one.loss, one.terms, one.size * accelerator.num_processes)
         if recipe.optim.clip_grad is not None:
             accelerator.clip_grad_norm_(self.parameters, recipe.optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step += 1
         if self.ema is not None:
             self.ema.update(self.student, step=self.step)
 
@@ -300,6 +308,7 @@ class Trainer:
             "optimizer": rest,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "bad": {**self.bad, **self.loader.bad, **self.test_loader.bad},
+            "skipped": self.skips.count,
         }
         if self.accelerator.is_main_process:
             save_checkpoint(self.run.checkpoints, self.step, tensors, state, self.recipe.run.keep)
@@ -334,6 +343,9 @@ class Trainer:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_state_dict
 
         state = checkpoint.state
+        parts = {"images_per_update", "optimizer", "scaler", "bad"}
+        if not parts <= state.keys() or not {"method", "optimizer"} <= checkpoint.tensors.keys():
+            raise UserError(f"the checkpoint at update {checkpoint.step} is not one of a training run; use another.")
         if state["images_per_update"] != self.images_per_update:
             raise UserError(
                 f"the checkpoint was made with {state['images_per_update']} images per update and this run has "
@@ -358,11 +370,11 @@ class Trainer:
             )
             if self.ema is not None:
                 set_model_state_dict(self.ema.module, tensors["ema"], options=options)
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"the checkpoint does not fit this recipe: {error}") from None
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.bad = dict(state["bad"])
+        self.bad, self.skips.count = dict(state["bad"]), state.get("skipped", 0)
         self.step = checkpoint.step
 
     def _save_student(self) -> None:
@@ -391,13 +403,3 @@ class Trainer:
 
         mine = {**self.bad, **self.loader.bad, **self.test_loader.bad}
         return sorted(set(gather_object(list(mine))))
-
-    def _headline(self) -> str:
-        recipe, source, accelerator = self.recipe, self.setup.source, self.accelerator
-        trained = sum(parameter.numel() for parameter in self.parameters)
-        resumed = f", going on at update {self.step}" if self.step else ""
-        return (
-            f"{recipe.name}: {recipe.method.class_path.rpartition('.')[2]} on {recipe.data.name}, {len(source.train)} "
-            f"training and {len(source.test)} test pictures, {trained / 1e6:.2f} M parameters, {self.total} updates of "
-            f"{self.images_per_update} images on {accelerator.num_processes} x {accelerator.device.type}{resumed}"
-        )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ["UserError", "shorten"]
+__all__ = ["UserError", "cannot_write", "shorten"]
 
 
 class UserError(ValueError):
@@ -33,3 +34,21 @@ def shorten(names: Iterable[str], limit: int = 6) -> str:
     names = list(names)
     listed = ", ".join(names[:limit])
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
+
+
+def cannot_write(path: str | Path, error: OSError) -> UserError:
+    """Returns the error that says what a full disk or a folder without permission has stopped.
+
+    Args:
+        path: what was to be written.
+        error: what the system said.
+
+    Example:
+        >>> import errno, os
+        >>> cannot_write("runs/a", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))).args[0].partition(";")[0]
+        'cannot write runs/a: No space left on device. What was there before is whole'
+    """
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}. What was there before is whole; make room or choose another "
+        "folder, then give the same command again."
+    )

@@ -246,7 +246,7 @@ class _Readable(Dataset[Any]):
             image, target = self.read(picture, target)
             return _Item(image, target, index, bad)
         if self.replace:
-            raise UserError(f"none of {len(self.pictures)} pictures can be read; the first failed with {_first(bad)}.")
+            return UserError(f"none of {len(self.pictures)} pictures can be read; the first failed with {_first(bad)}.")
         return _Item(None, None, -1, bad)
 
 

@@ -7,14 +7,33 @@ import io
 import sys
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .checkpoint import atomic_write
 from .rundir import RunDir
 
-__all__ = ["RunLog"]
+if TYPE_CHECKING:
+    from .engine import Trainer
+
+__all__ = ["RunLog", "headline"]
 
 COLUMNS = ["step", "epoch", "name", "value"]
+
+
+def headline(trainer: Trainer) -> str:
+    """Says what is trained on what, where, and from which update on.
+
+    Args:
+        trainer: after it has taken up its checkpoint.
+    """
+    recipe, source, accelerator = trainer.recipe, trainer.setup.source, trainer.accelerator
+    trained = sum(parameter.numel() for parameter in trainer.parameters)
+    resumed = f", going on at update {trainer.step}" if trainer.step else ""
+    return (
+        f"{recipe.name}: {recipe.method.class_path.rpartition('.')[2]} on {recipe.data.name}, {len(source.train)} "
+        f"training and {len(source.test)} test pictures, {trained / 1e6:.2f} M parameters, {trainer.total} updates of "
+        f"{trainer.images_per_update} images on {accelerator.num_processes} x {accelerator.device.type}{resumed}"
+    )
 
 
 class RunLog:

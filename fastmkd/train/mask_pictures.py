@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError, shorten
-from .pictures import SUFFIXES
+from .pictures import SUFFIXES, open_picture
 
 __all__ = ["IGNORE", "SCENES", "MaskPictures", "MaskSet", "open_cityscapes", "open_mask_folder", "open_scene_masks"]
 
@@ -69,9 +69,7 @@ class MaskPictures:
         Args:
             index: from 0.
         """
-        from PIL import Image
-
-        with Image.open(self.pictures[index]) as picture:
+        with open_picture(self.pictures[index]) as picture:
             return picture.convert("RGB")
 
     def target(self, index: int) -> Tensor:
@@ -83,10 +81,8 @@ class MaskPictures:
         Raises:
             UserError: the mask has colours instead of ids, an id that is no class, or another size than its picture.
         """
-        from PIL import Image
-
         path = self.masks[index]
-        with Image.open(self.pictures[index]) as picture, Image.open(path) as mask:
+        with open_picture(self.pictures[index]) as picture, open_picture(path) as mask:
             if mask.size != picture.size:
                 raise UserError(
                     f"the mask {path} is {mask.width} x {mask.height} pixels, but its picture "

@@ -25,6 +25,9 @@ SEGMENTER = "segmenter."  # and those of `fastmkd.nn.segmenters.SEGMENTERS`
 # What a detector may make of the longer side of a picture, for its shorter one of 800, on COCO.
 LONGER = 1333 / 800
 
+# Arguments of timm.create_model that name files to load.
+LOADING = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
+
 # A recipe's name cifar.vgg13 is CRD's network for 32 x 32 pixels; vgg13 is timm's.
 CIFAR = {f"cifar.{name}": getattr(cifar, name) for name in cifar.__all__ if name.islower()}
 
@@ -82,6 +85,12 @@ def build_model(recipe: ModelRecipe | TeacherRecipe, kwargs: dict[str, Any], rol
     """
     import timm
 
+    loading = [key for key in LOADING if key in kwargs]
+    if loading:
+        raise UserError(
+            f"{role}.kwargs has {shorten(loading)}, with which timm would load a file its own way; give the file as "
+            f"{role}.weights, which cannot run code."
+        )
     if recipe.name in CIFAR:
         if recipe.pretrained:
             raise UserError(f"{role}.pretrained is true, but {recipe.name} has no weights to download; train it first.")

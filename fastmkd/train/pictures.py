@@ -11,9 +11,32 @@ from torch import Tensor
 
 from .errors import UserError
 
-__all__ = ["FilePictures", "Pictures", "TensorPictures", "find_classes"]
+__all__ = ["FilePictures", "Pictures", "TensorPictures", "find_classes", "open_picture"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever the name ends in; others can run programs (EPS)
+
+
+def open_picture(path: Path) -> Any:
+    """Opens a picture file as a PIL image, of which no pixel has been read yet.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: no file (a pipe would never end), or none of the formats of photographs.
+        ValueError: more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``, 89 millions: a small file can say it has as many.
+    """
+    from PIL import Image
+
+    if not path.is_file():
+        raise OSError("it is not a file")
+    picture = Image.open(path, formats=FORMATS)
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and picture.width * picture.height > most:
+        picture.close()
+        raise ValueError(f"it has {picture.width} x {picture.height} pixels; expected at most {most}")
+    return picture
 
 
 class Pictures(Protocol):
@@ -155,9 +178,7 @@ class FilePictures:
         Args:
             index: from 0.
         """
-        from PIL import Image
-
-        with Image.open(self.paths[index]) as picture:
+        with open_picture(self.paths[index]) as picture:
             return picture.convert("RGB")
 
     def target(self, index: int) -> int:

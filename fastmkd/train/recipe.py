@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import re
 import typing
 from collections.abc import Sequence
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 __all__ = ["differences", "flatten", "identity", "load_recipe", "recipe_from_dict", "recipe_parser"]
+
+
+MOST_VALUES = 10_000  # of a recipe
 
 
 def recipe_parser(prog: str = "fastmkd train RECIPE.yaml", defaults: dict[str, Any] | None = None) -> ArgumentParser:
@@ -73,6 +77,7 @@ def load_recipe(
     if path is not None:
         if not Path(path).is_file():
             raise UserError(f"the recipe {path} does not exist; give the path of a YAML file, see the folder recipes/.")
+        _check_size(Path(path))
         argv += [f"--config={path}"]
     argv += list(options)
     for key, value in (changes or {}).items():
@@ -89,6 +94,32 @@ def load_recipe(
         recipe.teacher.recipe = str(Path(path).parent / recipe.teacher.recipe)
     _check(recipe)
     return recipe
+
+
+def _check_size(path: Path) -> None:
+    """Refuses a file that is no YAML, or one whose aliases (``*name``) stand for more than a computer holds."""
+    import yaml
+
+    try:
+        root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        values = 0 if root is None else _count(root, {})
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"the recipe {path} is not right: {_plain(str(error))}") from None
+    except RecursionError:
+        values = math.inf
+    if values > MOST_VALUES:
+        raise UserError(
+            f"the recipe {path} is not right: it stands for more than {MOST_VALUES} values; take its aliases apart."
+        )
+
+
+def _count(node: Any, known: dict[int, float]) -> float:
+    """Values under a node of a YAML file with every alias written out; infinitely many if it contains itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = [] if isinstance(node.value, str) else node.value  # of a mapping: (key, value) pairs
+        known[id(node)] = 1 + sum(_count(part, known) for p in parts for part in (p if isinstance(p, tuple) else (p,)))
+    return known[id(node)]
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
@@ -156,6 +187,7 @@ def _check(recipe: Recipe) -> None:
         ("optim.accumulate", recipe.optim.accumulate, 1, float("inf")),
         ("optim.layer_decay", recipe.optim.layer_decay, 1e-6, 1),
         ("optim.clip_grad", recipe.optim.clip_grad, 1e-12, float("inf")),
+        ("optim.skip_nonfinite", recipe.optim.skip_nonfinite, 0, float("inf")),
         ("schedule.epochs", recipe.schedule.epochs, 1, float("inf")),
         ("schedule.warmup_epochs", recipe.schedule.warmup_epochs, 0, recipe.schedule.epochs),
         ("schedule.warmup_lr", recipe.schedule.warmup_lr, 0, float("inf")),

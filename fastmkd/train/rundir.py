@@ -10,15 +10,23 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import socket
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from .checkpoint import atomic_write
-from .errors import UserError
+from .checkpoint import atomic_write, remove_parts
+from .errors import UserError, cannot_write
 from .recipe import differences, with_defaults
 
 __all__ = ["RunDir"]
+
+# A process that reads pictures lives on for some seconds after the one that started it was killed. It must not keep
+# that one's folder from being taken again, so it lets go of the lock at once.
+_held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
 @dataclass
@@ -64,16 +72,32 @@ class RunDir:
     def lock(self) -> IO[str]:
         """Takes the folder for this process until the returned file is closed or the process ends, however it ends.
 
+        What a killed process was writing is removed.
+
         Raises:
-            UserError: another process is training in it.
+            UserError: another process is training in it (its host and number are named), its file system knows no
+                locks, or it cannot be written to.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / "lock").open("w")
+        path = self.path / "lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            raise cannot_write(path, error) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+            remove_parts(self.path)
         except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200) or "another process"
             file.close()
-            raise UserError(f"another process trains in {self.path}; wait for it or choose another run.dir.") from None
+            raise UserError(f"{holder} trains in {self.path}; wait for it or choose another run.dir.") from None
+        except OSError as error:
+            file.close()
+            raise cannot_write(path, error) from None
+        _held.add(file)
         return file
 
     def claim(self, identity: dict[str, Any], description: dict[str, Any]) -> None:

@@ -133,6 +133,9 @@ class OptimRecipe:
         layer_decay: factor on the learning rate per layer counted from the head; null for none.
         clip_grad: largest norm of the gradient; null for no limit.
         accumulate: batches whose gradients make one update.
+        skip_nonfinite: how many updates whose loss or gradient is NaN or infinite to leave out before the run stops;
+            they are counted, and the batch of the first is kept. 0 stops at the first; with more, every update waits
+            for the device.
         kwargs: further arguments of the optimizer, for example {betas: [0.9, 0.95]}.
     """
 
@@ -143,6 +146,7 @@ class OptimRecipe:
     layer_decay: float | None = None
     clip_grad: float | None = None
     accumulate: int = 1
+    skip_nonfinite: int = 0
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
