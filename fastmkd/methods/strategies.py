@@ -14,6 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ..nn.masks import cell_scores
 from ..nn.vit import MaskedViT
 from ..nn.vit_attention import why_attention_unreadable
 from .views import Needs, View, blocks_of
@@ -161,7 +162,7 @@ class Random(MaskStrategy):
             student: not looked at.
             grid: of the masked network.
         """
-        return Scores(torch.rand(len(images), grid[0] * grid[1], device=images.device), grid)
+        return Scores(cell_scores("random", len(images), grid, images.device), grid)
 
 
 class ExternalSaliency(MaskStrategy):
