@@ -166,10 +166,10 @@ class MeasuredRatio(RatioRule):
 
     It is measured over the batches of all ranks, which must be of one size, and clamped to 0..1; a gap that is not a
     number counts as the largest, so the share is then 1. The maps of all ranks are gathered for that, which is what one
-    process with the global batch would measure; from some hundred images on (docs/scaling.md) they are too large, and
-    "sums" adds up a few numbers of each rank's batch instead. Batches of fewer than `least` images are joined with the last
-    ones until there are so many; until then the share is 1. A batch smaller than the largest one so far (the ragged
-    last of an epoch) keeps the last share. In eval mode nothing is remembered.
+    process with the global batch would measure; on many nodes they are too large (docs/scaling.md), and "sums" adds up
+    a few numbers of each rank's batch instead. Batches of fewer than `least` images are joined with the last ones until
+    there are so many; until then the share is 1. A batch smaller than the largest one so far (the ragged last of an
+    epoch) keeps the last share. In eval mode nothing is remembered.
 
     A subclass implements `gap`.
 
@@ -253,7 +253,7 @@ class MeasuredRatio(RatioRule):
 class CkaGap(MeasuredRatio):
     r"""One minus the minibatch CKA of the two maps, :math:`\pi_i = 1 - CKA(X_i, Y_i)` (Eq. 5 to 7).
 
-    With "sums" the ranks' batches are the minibatches of Eq. 7: each rank's three HSIC_1 are added up before the quotient.
+    With "sums" the ranks' batches are the minibatches of Eq. 7: each rank's three HSIC_1 are added up, then divided.
 
     Args:
         across_ranks: see `MeasuredRatio`.

@@ -29,7 +29,8 @@ class DataRecipe:
     """Which pictures, and how they come in batches.
 
     Attributes:
-        name: digits, fashion-mnist, cifar10, cifar100, imagefolder, shards (tar files), coco, segfolder, cityscapes or scenes.
+        name: digits, fashion-mnist, cifar10, cifar100, imagefolder, shards (tar files), coco, segfolder, cityscapes or
+            scenes.
         task: what the pictures are for, where a set serves several tasks; null takes its only one.
         root: folder of the data; null looks in the usual places.
         download: let torchvision download the set into root if it is not there.

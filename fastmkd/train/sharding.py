@@ -130,13 +130,11 @@ def shard_teacher(teacher: nn.Module | None) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
-    blocks = (
-        [] if teacher is None else [list(part.children()) for name, part in teacher.named_modules() if name == "blocks"]
-    )
-    if not blocks:
+    blocks = getattr(teacher, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         kind = "there is none" if teacher is None else f"{type(teacher).__name__} has no blocks"
         raise UserError(f"run.shard_teacher splits the blocks of a ViT teacher, but {kind}; set it to false.")
-    for block in blocks[0]:
+    for block in blocks:
         fully_shard(block, reshard_after_forward=True)
 
 

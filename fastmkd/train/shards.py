@@ -117,11 +117,12 @@ def open_shards(folder: Path) -> tuple[ShardPictures, list[str]]:
     """
     shards = sorted(folder.glob("*.tar"))
     if not shards:
-        packed = sorted(folder.glob("*.tar.*")) + sorted(folder.glob("*.tgz"))
-        hint = f" {packed[0].name} is compressed, so nothing in it can be reached by its place: unpack it." * bool(
-            packed
-        )
-        raise UserError(f"{folder} has no *.tar; {SHARDS}.{hint}")
+        hints = [
+            f" {path.name} is compressed, so nothing in it can be reached by its place: unpack it."
+            for path in sorted(folder.iterdir())
+            if path.name.endswith(".tgz") or ".tar." in path.name
+        ]
+        raise UserError(f"{folder} has no *.tar; {SHARDS}.{''.join(hints[:1])}")
     places: list[Place] = []
     notes: list[str] = []
     for number, path in enumerate(shards):
