@@ -34,6 +34,14 @@ def seeded(seed: int, kind: Any, *args: Any, **options: Any) -> Any:
     return kind(*args, **options)
 
 
+def with_still_norms(method: nn.Module) -> nn.Module:
+    """Batch norms in eval mode: DDP leaves each rank its own batch statistics."""
+    for part in method.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            part.eval()
+    return method
+
+
 def case_supervised(rank: int, world: int) -> Found:
     return classify(lambda seed: Supervised(tiny(seed)), rank, world)
 
@@ -149,7 +157,14 @@ def case_feature_attention_transfer(rank: int, world: int) -> Found:
 
 
 def case_feature_review(rank: int, world: int) -> Found:
-    return feature_kd(rank, world, "reviewkd")
+    """The batch norms of its heads use what they have: else each rank has its own statistics."""
+    images, targets = own(IMAGES, rank, world), own(TARGETS, rank, world)
+
+    def make(seed: int) -> Any:
+        method = seeded(seed, FeatureKD, tiny(seed), TEACHER(), "reviewkd", LAYERS).double().train()
+        return with_still_norms(method)
+
+    return step(make, lambda run: run(images, targets), rank, world)
 
 
 def case_feature_align(rank: int, world: int) -> Found:
@@ -172,7 +187,6 @@ def case_crd(rank: int, world: int) -> Found:
 
 def views(rank: int, world: int, make: Any) -> Found:
     """Three updates of a self-distillation on two views: its averages and centre must stay those of one process."""
-    found = None
 
     def call(run: Any) -> Any:
         crops = [own(IMAGES, rank, world), own(IMAGES.flip(3), rank, world)]
@@ -201,13 +215,9 @@ def case_dino(rank: int, world: int) -> Found:
 
 
 def case_moco(rank: int, world: int) -> Found:
-    """The keys of all ranks are candidates. Its heads' batch norms use what they have: theirs is a rank's batch."""
+    """The keys of all ranks are candidates."""
 
     def make(seed: int) -> Any:
-        method = seeded(seed, MoCoV3, tiny(seed), hidden=8, out_features=6).double().train()
-        for part in method.modules():
-            if isinstance(part, nn.BatchNorm1d):
-                part.eval()
-        return method
+        return with_still_norms(seeded(seed, MoCoV3, tiny(seed), hidden=8, out_features=6).double().train())
 
     return views(rank, world, make)
