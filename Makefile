@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.fastmkd-ready
 NATIVE := $(shell find csrc CMakeLists.txt setup.py -type f 2>/dev/null)
 
-.PHONY: help install demo test test-all lint types unit doctest bench clean
+.PHONY: help install demo test test-all lint types unit doctest bench gate sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,8 @@ help:
 	@echo "make test      install into $(VENV), then lint, types and all tests (under 20 minutes on 2 cores)"
 	@echo "make test-all  the same with the long tests"
 	@echo "make bench     the headline benchmarks on this machine, then docs/benchmarks.md"
+	@echo "make gate      whether a headline ratio has fallen (a part of make test)"
+	@echo "make sanitize  the C++ tests with address, undefined-behaviour and thread sanitizers"
 	@echo "make clean     remove build products (not $(VENV))"
 
 install: $(READY)
@@ -50,6 +52,19 @@ doctest: install
 bench: install
 	$(BIN)/fastmkd bench
 	$(BIN)/python -m fastmkd.bench.report
+
+gate: install
+	$(BIN)/python -m fastmkd.bench.gate
+
+# clang's or gcc's runtime finds races in the kernels' own threads; the operators of PyTorch are no part of it.
+sanitize: install
+	for kind in "address;undefined" thread; do \
+	  folder=build/sanitize-$${kind%%;*}; \
+	  $(BIN)/cmake -S . -B $$folder -G Ninja -DCMAKE_MAKE_PROGRAM="$$(realpath $(BIN)/ninja)" \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTMKD_SANITIZE="$$kind" || exit 1; \
+	  $(BIN)/cmake --build $$folder $(if $(MAX_JOBS),--parallel $(MAX_JOBS)) || exit 1; \
+	  $(BIN)/ctest --test-dir $$folder --output-on-failure || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info fastmkd/lib fastmkd/_native*.so $(READY)

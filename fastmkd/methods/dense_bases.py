@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.masks import cell_scores
 from .dense_method import LevelShape
 from .dpk_ratio import RatioRule
 from .dpk_stage import resize
@@ -194,7 +195,9 @@ class MGD(DenseBase):
         """
         errors, generators = [], cast(nn.ModuleList, heads["generate"])
         for s, t, generate in zip(_adapted(heads, student, teacher), teacher, generators, strict=True):
-            kept = torch.rand(len(s), 1, *s.shape[2:], device=s.device) >= self.mask_ratio
+            size = (s.shape[2], s.shape[3])
+            noise = cell_scores("random", len(s), size, s.device).view(len(s), 1, *size)
+            kept = noise >= self.mask_ratio
             errors.append((_wide(generate(s * kept.to(s.dtype))) - _wide(t)).square().sum() / len(s))
         return torch.stack(errors).sum()
 

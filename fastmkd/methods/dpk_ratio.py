@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..metrics.cka import as_rows, cka_matrix
-from ..ops.centred_gram import MIN_BATCH
+from ..ops.centred_gram import MIN_BATCH, centred_gram
 from .choices import choose
-from .ranks import gather
+from .ranks import average, gather
 
 __all__ = [
     "RATIOS",
@@ -165,22 +165,30 @@ class MeasuredRatio(RatioRule):
     """A share that follows the features' gap, measured anew in every step; base of `CkaGap` and `CosineGap`.
 
     It is measured over the batches of all ranks, which must be of one size, and clamped to 0..1; a gap that is not a
-    number counts as the largest, so the share is then 1. Batches of fewer than `least` images are joined with the last
-    ones until there are so many; until then the share is 1. A batch smaller than the largest one so far (the ragged
-    last of an epoch) keeps the last share. In eval mode nothing is remembered.
+    number counts as the largest, so the share is then 1. The maps of all ranks are gathered for that, which is what one
+    process with the global batch would measure; on many nodes they are too large (docs/scaling.md), and "sums" adds up
+    a few numbers of each rank's batch instead. Batches of fewer than `least` images are joined with the last ones until
+    there are so many; until then the share is 1. A batch smaller than the largest one so far (the ragged last of an
+    epoch) keeps the last share. In eval mode nothing is remembered.
 
     A subclass implements `gap`.
 
     Args:
-        across_ranks: False measures each rank's batch alone and sends nothing.
+        across_ranks: True gathers the maps of all ranks, "sums" adds up what each rank measures, False measures each
+            rank's batch alone and sends nothing.
+
+    Raises:
+        ValueError: anything else.
     """
 
     last: Tensor
     largest: Tensor
     least = 1
 
-    def __init__(self, across_ranks: bool = True) -> None:
+    def __init__(self, across_ranks: bool | Literal["sums"] = True) -> None:
         super().__init__()
+        if across_ranks not in (True, False, "sums"):
+            raise ValueError(f"across_ranks is {across_ranks!r}; expected True, False or 'sums'.")
         self.across_ranks = across_ranks
         # On the device, so that nothing waits for it; in the state, so that a resumed run goes on with the same bits.
         self.register_buffer("last", torch.ones(()))
@@ -214,7 +222,7 @@ class MeasuredRatio(RatioRule):
             epoch: not looked at.
         """
         x, y = self.rows(student), self.rows(teacher)
-        if self.across_ranks:
+        if self.across_ranks is True:
             x, y = gather(x), gather(y)
         images = len(x)
         if images < self.least:
@@ -245,6 +253,8 @@ class MeasuredRatio(RatioRule):
 class CkaGap(MeasuredRatio):
     r"""One minus the minibatch CKA of the two maps, :math:`\pi_i = 1 - CKA(X_i, Y_i)` (Eq. 5 to 7).
 
+    With "sums" the ranks' batches are the minibatches of Eq. 7: each rank's three HSIC_1 are added up, then divided.
+
     Args:
         across_ranks: see `MeasuredRatio`.
 
@@ -271,7 +281,11 @@ class CkaGap(MeasuredRatio):
             student: ``(n, d_S)``.
             teacher: ``(n, d_T)``.
         """
-        return 1 - cka_matrix([student], [teacher])[0, 0]
+        if self.across_ranks != "sums":
+            return 1 - cka_matrix([student], [teacher])[0, 0]
+        k, el = (centred_gram([x])[0].double() for x in (student, teacher))  # (n, n)
+        both, own_k, own_el = average(torch.stack([(k * el).sum(), k.square().sum(), el.square().sum()]))
+        return 1 - both / (own_k.sqrt() * own_el.sqrt())
 
 
 class CosineGap(MeasuredRatio):
@@ -309,7 +323,8 @@ class CosineGap(MeasuredRatio):
             student: ``(n, d)``.
             teacher: ``(n, d)``.
         """
-        return 1 - F.cosine_similarity(student.float(), teacher.float()).mean()
+        cosine = F.cosine_similarity(student.float(), teacher.float()).mean()
+        return 1 - (average(cosine) if self.across_ranks == "sums" else cosine)
 
 
 # By the name that DPK(ratio=...) and a recipe use; any number is a FixedRatio.

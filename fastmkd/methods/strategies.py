@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import timm
-import torch
 from torch import Tensor, nn
 
+from ..nn.masks import cell_scores
 from ..nn.vit import MaskedViT
 from ..nn.vit_attention import why_attention_unreadable
 from .views import Needs, View, blocks_of
@@ -149,6 +149,7 @@ class Random(MaskStrategy):
     """Patches drawn with equal probability, anew for each image (MaskedKD, Table 3 d; He et al., 2022).
 
     Example:
+        >>> import torch
         >>> Random().scores(torch.zeros(2, 3, 8, 8), None, (2, 2)).values.shape
         torch.Size([2, 4])
     """
@@ -161,7 +162,7 @@ class Random(MaskStrategy):
             student: not looked at.
             grid: of the masked network.
         """
-        return Scores(torch.rand(len(images), grid[0] * grid[1], device=images.device), grid)
+        return Scores(cell_scores("random", len(images), grid, images.device), grid)
 
 
 class ExternalSaliency(MaskStrategy):
@@ -180,6 +181,7 @@ class ExternalSaliency(MaskStrategy):
         TypeError: a model that `MaskedViT` refuses.
 
     Example:
+        >>> import torch
         >>> vit = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
         >>> ExternalSaliency(vit).scores(torch.zeros(1, 3, 32, 32), None, (4, 4)).grid
         (2, 2)

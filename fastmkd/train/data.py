@@ -17,6 +17,7 @@ from .mask_pictures import SCENES, MaskSet, open_cityscapes, open_mask_folder, o
 from .pictures import FilePictures, TensorPictures, find_classes
 from .schema import DataRecipe
 from .seeds import generator
+from .shards import SHARDS, ShardPictures, open_shards
 from .tasks import classification_only
 
 __all__ = ["DATASETS", "DataSource", "load_data"]
@@ -280,6 +281,39 @@ def _image_folder(recipe: DataRecipe) -> DataSource:
     return DataSource(parts[0], parts[1], classes, 3, size, IMAGENET_MEAN, IMAGENET_STD)
 
 
+def _shards(recipe: DataRecipe) -> DataSource:
+    """``root/train/*.tar`` and ``root/val/*.tar``; without the two, the pictures of ``root/*.tar`` are split."""
+    if recipe.root is None:
+        raise UserError(f"data.root is not given; {SHARDS}.")
+    root = Path(recipe.root)
+    if not root.is_dir():
+        raise UserError(f"data.root is {root}, which is not a folder; {SHARDS}.")
+    if (root / "train").is_dir():
+        test_folder = next((root / name for name in ("val", "test", "valid") if (root / name).is_dir()), None)
+        if test_folder is None:
+            raise UserError(f"{root} has a folder train but none of val, test, valid; {SHARDS}.")
+        (train, notes), (test, more) = open_shards(root / "train"), open_shards(test_folder)
+        notes = [*notes, *more]
+    else:
+        whole, notes = open_shards(root)
+        first, second = stratified_split(whole.labels, recipe.test_fraction)
+        train, test = whole.subset(first), whole.subset(second)
+    classes = _shard_classes(root, train, test)
+    return DataSource(train, test, classes, 3, recipe.image_size or 224, IMAGENET_MEAN, IMAGENET_STD, notes=notes)
+
+
+def _shard_classes(root: Path, *parts: ShardPictures) -> list[str]:
+    """Names from ``classes.txt``, else the numbers themselves."""
+    largest = max(int(part.labels.max()) for part in parts if len(part))
+    if not (root / "classes.txt").is_file():
+        return [str(label) for label in range(largest + 1)]
+    classes = (root / "classes.txt").read_text().split("\n")
+    classes = [name.strip() for name in classes if name.strip()]
+    if largest >= len(classes):
+        raise UserError(f"{root / 'classes.txt'} names {len(classes)} classes, but a picture has the class {largest}.")
+    return classes
+
+
 def _coco(recipe: DataRecipe) -> DataSource:
     """Boxes in COCO's format; without a part to test on, the training pictures are split."""
     if recipe.root is None:
@@ -329,6 +363,7 @@ DATASETS: dict[str, Callable[[DataRecipe], DataSource]] = {
     "cifar10": _cifar,
     "cifar100": _cifar,
     "imagefolder": _image_folder,
+    "shards": _shards,
     "coco": _coco,
     "segfolder": lambda recipe: _segmentation(open_mask_folder(recipe.root), MASK_SIZE),
     "cityscapes": lambda recipe: _segmentation(open_cityscapes(recipe.root), MASK_SIZE),

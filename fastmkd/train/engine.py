@@ -31,7 +31,7 @@ from .over_training import Snapshots
 from .rundir import RunDir
 from .schema import Recipe
 from .seeds import seed_all
-from .sharding import WholeCopy, name_units, shard_like
+from .sharding import WholeCopy, name_units, shard_like, shard_teacher
 from .tasks import task_of
 
 __all__ = ["Trainer", "train"]
@@ -100,6 +100,8 @@ class Trainer:
 
         sharded = accelerator.is_fsdp2
         setup.method.to(device)  # with the teacher, which FSDP does not see
+        if recipe.run.shard_teacher and world > 1:
+            shard_teacher(setup.teacher)
         self.whole: Any = WholeCopy(self.student, device) if sharded else contextlib.nullcontext
         self.ema: Any = None
         if recipe.ema is not None:

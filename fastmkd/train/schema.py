@@ -29,7 +29,8 @@ class DataRecipe:
     """Which pictures, and how they come in batches.
 
     Attributes:
-        name: digits, fashion-mnist, cifar10, cifar100, imagefolder, coco, segfolder, cityscapes or scenes.
+        name: digits, fashion-mnist, cifar10, cifar100, imagefolder, shards (tar files), coco, segfolder, cityscapes or
+            scenes.
         task: what the pictures are for, where a set serves several tasks; null takes its only one.
         root: folder of the data; null looks in the usual places.
         download: let torchvision download the set into root if it is not there.
@@ -239,6 +240,8 @@ class RunRecipe:
         tensorboard: write TensorBoard files beside the CSV.
         panels: at how many moments of training, spread evenly, to keep what the method sees in eight test pictures
             (saliency, kept patches) for fastmkd show --over-training; 0 for none.
+        shard_teacher: split the blocks of a frozen ViT teacher over the processes, each of which gathers a block while
+            it runs; for teachers that do not fit beside the student.
     """
 
     root: str = "runs"
@@ -252,6 +255,7 @@ class RunRecipe:
     resume: str = "auto"
     tensorboard: bool = True
     panels: int = 6
+    shard_teacher: bool = False
 
 
 @dataclass

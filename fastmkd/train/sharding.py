@@ -1,7 +1,8 @@
 """FSDP2: every process keeps a part of each weight, its gradient and its optimizer state, split by Accelerate.
 
 Only the forward and backward pass of the method gathers whole weights; the moving average is kept in parts too. Tests
-run a `WholeCopy` in every process, and PyTorch's `torch.distributed.checkpoint.state_dict` gathers what is saved.
+run a `WholeCopy` in every process, and PyTorch's `torch.distributed.checkpoint.state_dict` gathers what is saved. A
+frozen teacher is whole unless `shard_teacher` splits it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 
 from .errors import UserError, shorten
 
-__all__ = ["WholeCopy", "name_units", "settle_sharding", "shard_like"]
+__all__ = ["WholeCopy", "name_units", "settle_sharding", "shard_like", "shard_teacher"]
 
 
 def settle_sharding(accelerator: Any) -> None:
@@ -114,6 +115,27 @@ def shard_like(average: nn.Module, sharded: nn.Module) -> None:
     for name, parameter in sharded.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         setattr(average.get_submodule(owner), leaf, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+
+
+def shard_teacher(teacher: nn.Module | None) -> None:
+    """Splits the blocks of a frozen ViT over the processes; a block is whole only while it runs.
+
+    Beside DDP as well as FSDP2: the teacher is no part of what they see. All processes must ask it equally often.
+
+    Args:
+        teacher: on its device; what lies outside its blocks stays whole.
+
+    Raises:
+        UserError: there is no teacher, or it has no blocks.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = getattr(teacher, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        kind = "there is none" if teacher is None else f"{type(teacher).__name__} has no blocks"
+        raise UserError(f"run.shard_teacher splits the blocks of a ViT teacher, but {kind}; set it to false.")
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=True)
 
 
 class WholeCopy:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import fastmkd
@@ -123,27 +119,3 @@ def test_block_is_connected():
     assert rows.max() - rows.min() + 1 == len(rows)
     assert columns.max() - columns.min() + 1 == len(columns)
     assert len(rows) * len(columns) <= 19 + max(len(rows), len(columns))
-
-
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    x, y = maps(16)
-    mine = slice(8 * rank, 8 * rank + 8)
-    whole, alone = CkaGap().train(), CkaGap(across_ranks=False).train()
-    found = [whole(x[mine], y[mine], 0), alone(x[mine], y[mine], 0), whole(x[mine][:2], y[mine][:2], 0)]
-    small = CkaGap().train()
-    found.append(small(x[2 * rank : 2 * rank + 2], y[2 * rank : 2 * rank + 2], 0))  # 2 + 2 images are enough
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_measure_the_global_batch(tmp_path: Path) -> None:
-    mp.start_processes(worker, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
-    x, y = maps(16)
-    for rank in (0, 1):
-        whole, alone, ragged, small = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(whole, gap(x, y))
-        torch.testing.assert_close(alone, gap(x[8 * rank : 8 * rank + 8], y[8 * rank : 8 * rank + 8]))
-        assert torch.equal(ragged, whole)
-        torch.testing.assert_close(small, gap(x[:4], y[:4]))

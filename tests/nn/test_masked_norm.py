@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_masks import draw_mask, masks, pixels
-from ranks import run_ranks
 from timm.layers import GroupNorm1
 from timm.layers import LayerNorm2d as TimmLayerNorm2d
 from timm.layers.grn import GlobalResponseNorm
@@ -209,41 +208,3 @@ def test_refuses(norm, last, match):
     x = pack(torch.randn(1, CHANNELS, 4, 4), torch.ones(1, 2, 2).bool())
     with pytest.raises(ValueError, match=match):
         norm(x.permute(0, 2, 3, 1) if last else x)
-
-
-WORKER = """
-from fastmkd.nn.masked_norm import MaskedBatchNorm2d, MaskedSyncBatchNorm
-from fastmkd.nn.packed import pack
-
-torch.manual_seed(0)
-images = torch.randn(4, 3, 4, 4, dtype=torch.float64) + 1
-visible = torch.rand(4, 2, 2) < 0.5
-visible[:, 0, 0] = True
-visible[2:] = True  # the ranks see different numbers of positions
-weight = torch.randn(images.shape, dtype=torch.float64)
-for stats in ("visible", "all"):
-    whole, shared = MaskedBatchNorm2d(3).double(), MaskedSyncBatchNorm(3).double()
-    whole.stats = shared.stats = stats
-    for _ in range(2):
-        x = images.clone().requires_grad_()
-        out = whole(pack(x, visible)).to_dense()
-        (out * weight).sum().backward()
-        mine = slice(2 * rank, 2 * rank + 2)
-        y = images[mine].clone().requires_grad_()
-        part = shared(pack(y, visible[mine])).to_dense()
-        (part * weight[mine]).sum().backward()
-        torch.testing.assert_close(part, out[mine], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(y.grad, x.grad[mine], rtol=1e-11, atol=1e-11)
-    for a, b in zip(shared.parameters(), whole.parameters()):
-        dist.all_reduce(a.grad)
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-11)
-    for a, b in zip(shared.buffers(), whole.buffers()):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    shared.eval(), whole.eval()
-    part = shared(pack(images[mine], visible[mine]))
-    torch.testing.assert_close(part.to_dense(), whole(pack(images, visible)).to_dense()[mine], rtol=1e-12, atol=1e-12)
-"""
-
-
-def test_sync_batch_norm_weighs_ranks_by_what_they_see(tmp_path):
-    run_ranks(WORKER, tmp_path)

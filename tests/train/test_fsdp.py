@@ -18,7 +18,7 @@ from fastmkd.train.build import trained_student
 from fastmkd.train.commands import evaluate
 from fastmkd.train.errors import UserError
 from fastmkd.train.rundir import RunDir
-from fastmkd.train.sharding import name_units, settle_sharding
+from fastmkd.train.sharding import name_units, settle_sharding, shard_teacher
 
 TEACHER = """
 name: teacher
@@ -92,6 +92,7 @@ def record(self, interrupts):
         "moments": count(s["exp_avg"] for s in self.optimizer.optimizer.state.values() if "exp_avg" in s),
         "ema": count(self.ema.module.parameters()) if self.ema is not None else None,
         "units": sum(isinstance(module, FSDPModule) for module in self.method.modules()),
+        "teacher": count(self.setup.teacher.blocks.parameters()) if self.setup.teacher is not None else None,
     }
     Path(f"{self.recipe.name}.{os.environ['RANK']}.json").write_text(json.dumps(facts))
     return result
@@ -113,6 +114,8 @@ BLOCKS = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_CPU_RAM_EFFIC
 random = ["--student.kwargs.drop_path_rate=0.2", "--student.kwargs.proj_drop_rate=0.1"]
 run("ddp")
 run("blocks", **BLOCKS)
+run("teacher_ddp", "--run.shard_teacher=true")
+run("teacher_blocks", "--run.shard_teacher=true", "--schedule.epochs=1", **BLOCKS)
 run("ddp_random", *random)
 run("one_random", *random, **ONE)
 run("ddp_bf16", "--run.precision=bf16")
@@ -181,6 +184,7 @@ def facts(folder: Path, run: str) -> list[dict[str, int]]:
     ("expected", "actual"),
     [
         ("ddp", "blocks"),
+        ("ddp", "teacher_ddp"),
         ("ddp_random", "one_random"),
         ("ddp_bf16", "one_bf16"),
         ("dmae_ddp", "dmae_blocks"),
@@ -215,6 +219,20 @@ def test_each_process_holds_its_part(folder, run, units):
         assert max(fact[kind] for fact in found) < 0.7 * found[0]["whole"], kind
     assert [fact["units"] for fact in found] == [units, units]
     assert all(fact["weights"] == fact["whole"] and not fact["units"] for fact in facts(folder, "ddp"))
+
+
+@pytest.mark.parametrize("run", ["teacher_ddp", "teacher_blocks"])
+def test_each_process_holds_its_part_of_a_split_teacher(folder, run):
+    whole = facts(folder, "ddp")[0]["teacher"]
+    parts = [fact["teacher"] for fact in facts(folder, run)]
+    assert sum(parts) == whole
+    assert max(parts) < 0.7 * whole
+
+
+def test_a_teacher_without_blocks_is_not_split():
+    for teacher, said in ((None, "there is none"), (nn.Linear(2, 2), "Linear has no blocks")):
+        with pytest.raises(UserError, match=rf"run\.shard_teacher .* {said}"):
+            shard_teacher(teacher)
 
 
 def test_resume_is_exact(folder):

@@ -1,0 +1,184 @@
+"""Pictures in tar files as webdataset lays them out: ``000017.jpg`` beside ``000017.cls``, many samples a file.
+
+The headers are read once, when the set is opened; a picture is then read from its place in its file. So a set of shards
+is a collection like any other: which process and which worker reads what, and how a run goes on in the middle of an
+epoch, is decided by `fastmkd.train.loading.epoch_plan`. Nothing is unpacked, and no link or path of an archive is
+followed.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import UserError, shorten
+from .pictures import SUFFIXES
+
+__all__ = ["SHARDS", "ShardPictures", "open_shards"]
+
+SHARDS = (
+    "expected root/train/*.tar and root/val/*.tar, or root/*.tar, holding pairs such as 000017.jpg and 000017.cls (the "
+    "number of its class); names of classes, one a line, may stand in root/classes.txt"
+)
+LONGEST_LABEL = 20  # characters of a .cls file
+
+
+class Place(NamedTuple):
+    """Where the bytes of a picture lie.
+
+    Attributes:
+        shard: which tar file.
+        offset: of the first byte.
+        size: bytes.
+        name: of the picture in its shard.
+        label: its class.
+    """
+
+    shard: int
+    offset: int
+    size: int
+    name: str
+    label: int
+
+
+class ShardPictures:
+    """Pictures in tar files, read when they are needed and converted to RGB.
+
+    Args:
+        shards: the tar files.
+        places: of the pictures.
+    """
+
+    def __init__(self, shards: Sequence[Path], places: Sequence[Place]) -> None:
+        self.shards, self.places = list(shards), list(places)
+        self.labels = torch.tensor([place.label for place in places], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def load(self, index: int) -> Any:
+        """Picture `index` as an RGB PIL image.
+
+        Args:
+            index: from 0.
+        """
+        from PIL import Image
+
+        place = self.places[index]
+        with self.shards[place.shard].open("rb") as file:
+            file.seek(place.offset)
+            content = file.read(place.size)
+        with Image.open(io.BytesIO(content)) as picture:
+            return picture.convert("RGB")
+
+    def target(self, index: int) -> int:
+        """Class of picture `index`.
+
+        Args:
+            index: from 0.
+        """
+        return int(self.labels[index])
+
+    def where(self, index: int) -> str:
+        """Names picture `index` for a message.
+
+        Args:
+            index: from 0.
+        """
+        place = self.places[index]
+        return f"{self.shards[place.shard]}: {place.name}"
+
+    def subset(self, index: Tensor) -> ShardPictures:
+        """Returns the pictures `index`.
+
+        Args:
+            index: int64.
+        """
+        return ShardPictures(self.shards, [self.places[i] for i in index.tolist()])
+
+
+def open_shards(folder: Path) -> tuple[ShardPictures, list[str]]:
+    """Reads what the tar files of a folder hold, in sorted order.
+
+    Args:
+        folder: with ``*.tar``.
+
+    Returns:
+        The pictures, and a sentence for each shard of which something was left out.
+
+    Raises:
+        UserError: no tar file, or none with a picture and its class.
+    """
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        hints = [
+            f" {path.name} is compressed, so nothing in it can be reached by its place: unpack it."
+            for path in sorted(folder.iterdir())
+            if path.name.endswith(".tgz") or ".tar." in path.name
+        ]
+        raise UserError(f"{folder} has no *.tar; {SHARDS}.{''.join(hints[:1])}")
+    places: list[Place] = []
+    notes: list[str] = []
+    for number, path in enumerate(shards):
+        found, left_out = _read_shard(path, number)
+        places += found
+        if left_out:
+            notes.append(f"{path}: {len(left_out)} left out: {shorten(left_out)}")
+    if not places:
+        raise UserError(f"no picture with a class is in {folder}. {' '.join(notes)} {SHARDS}.")
+    return ShardPictures(shards, places), notes
+
+
+def _read_shard(path: Path, number: int) -> tuple[list[Place], list[str]]:
+    """What a shard holds in the order of its pictures, and what was left out of it with the reason."""
+    pictures: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, int] = {}
+    left_out: list[str] = []
+    end = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                key, _, suffix = _split(member.name)
+                if f".{suffix}" not in SUFFIXES and suffix != "cls":
+                    continue  # other things may lie beside a picture
+                if not member.isreg() or member.issparse():
+                    left_out.append(f"{member.name} (no ordinary file)")
+                elif member.offset_data + member.size > end:
+                    left_out.append(f"{member.name} (cut off)")
+                elif suffix != "cls":
+                    pictures.setdefault(key, member)
+                else:
+                    label = _label(archive, member)
+                    if label is None:
+                        left_out.append(f"{member.name} (no number of a class)")
+                    else:
+                        labels.setdefault(key, label)
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        left_out.append(f"what follows (the archive is damaged: {error})")
+    places = [
+        Place(number, member.offset_data, member.size, member.name, labels[key])
+        for key, member in pictures.items()
+        if key in labels
+    ]
+    left_out += [f"{member.name} (no class beside it)" for key, member in pictures.items() if key not in labels]
+    return places, left_out
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """``a/b.c.JPG`` -> ``a/b``, ``.``, ``c.jpg``: webdataset's key ends at the first dot of the file's name."""
+    folder, slash, file = name.rpartition("/")
+    key, dot, suffix = file.partition(".")
+    return folder + slash + key, dot, suffix.lower()
+
+
+def _label(archive: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
+    """The whole number, at least 0, that a member says; None if it says something else."""
+    content = archive.extractfile(member)
+    text = content.read(LONGEST_LABEL).strip() if content is not None and member.size <= LONGEST_LABEL else b""
+    return int(text) if text.isdigit() else None
