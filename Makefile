@@ -52,6 +52,7 @@ doctest: install
 bench: install
 	$(BIN)/fastmkd bench
 	$(BIN)/python -m fastmkd.bench.report
+	$(BIN)/python -m fastmkd.bench.headlines
 
 gate: install
 	$(BIN)/python -m fastmkd.bench.gate

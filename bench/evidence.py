@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=results_folder() / "evidence")
     parser.add_argument("--studies", type=Path, default=REPOSITORY / "recipes" / "evidence")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "evidence", help="folder for weights")
-    add_page(parser, "evidence.md")
+    add_page(parser, "docs/evidence.md")
     arguments = parse_page(parser, None if argv is None else list(argv))
     if arguments.study is not None:
         try:

@@ -1,4 +1,4 @@
-"""Pages under ``docs/`` that are made from records: written, or compared with what the records say."""
+"""Pages that are made from records: written, or compared with what the records say."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def add_page(parser: argparse.ArgumentParser, name: str) -> None:
 
     Args:
         parser: of the command that makes the page.
-        name: of the page in ``docs/``.
+        name: of the page, from the repository's root.
     """
-    parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / name)
+    parser.add_argument("--page", type=Path, default=REPOSITORY / name)
     parser.add_argument("--check", action="store_true", help="write nothing; say whether the page is up to date")
 
 

@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m fastmkd.bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=results_folder())
-    add_page(parser, "benchmarks.md")
+    add_page(parser, "docs/benchmarks.md")
     arguments = parse_page(parser, None if argv is None else list(argv))
     records = latest(load(arguments.results))
     status = keep_page(arguments, parser.prog, lambda old: render(old, records))

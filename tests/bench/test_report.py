@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastmkd.bench import tables
+from fastmkd.bench import headlines, tables
 from fastmkd.bench.environment import REPOSITORY
 from fastmkd.bench.report import figure_name, latest, load, main, render
 from fastmkd.bench.targets import TARGETS
@@ -152,6 +152,13 @@ def test_committed_page_is_made_from_the_committed_records() -> None:
     for group in groups.values():
         name = figure_name(group)
         assert name is None or (REPOSITORY / "docs" / "figures" / name).is_file()
+
+
+def test_the_readme_shows_numbers_of_the_records(capsys: pytest.CaptureFixture[str]) -> None:
+    assert headlines.main(["--check"]) == 0, "run python -m fastmkd.bench.headlines"
+    records = latest(load(REPOSITORY / "bench" / "results"))
+    for headline in headlines.HEADLINES:
+        assert sum(headline.ratio(record) is not None for record in records) == 1, headline.sentence
 
 
 def test_targets_name_variants_that_benchmarks_have() -> None:

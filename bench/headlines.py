@@ -1,0 +1,101 @@
+"""The few numbers that the README shows, taken from the same records as ``docs/benchmarks.md``.
+
+``python -m fastmkd.bench.headlines`` rewrites what stands between the README's markers; a test fails when they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .environment import results_folder
+from .pages import add_page, keep_page, parse_page
+from .report import fill_markers, latest, load
+from .targets import Target
+
+__all__ = ["main", "table"]
+
+
+def _headline(what: str, against: str, benchmark: str, panel: str, label: str, baseline: str = "") -> Target:
+    return Target(f"{what} | {against}", benchmark, "fp32", panel, label, "fastmkd", 1.0, against=baseline)
+
+
+HEADLINES = (
+    _headline("DeiT-B teacher, half of the patches", "all patches", "masked_teacher", "DeiT-B", "50 % kept"),
+    _headline(
+        "MaskedKD step, DeiT-S from DeiT-B, half of the patches",
+        "distilling with all patches",
+        "maskedkd_step",
+        "DeiT-S from DeiT-B",
+        "50 % kept",
+    ),
+    _headline(
+        "DMAE step, ViT-B from ViT-L, 75 % hidden",
+        "the public code's way",
+        "dmae_step",
+        "ViT-B from ViT-L, batch 16",
+        "75 % hidden",
+    ),
+    _headline(
+        "MKD step, RetinaNet R50 from R101, 30 % hidden",
+        "multiplying by the mask",
+        "mkd_step",
+        "training step",
+        "30 % hidden",
+    ),
+    _headline(
+        "DPK step, ResNet-18 from ResNet-34", "eager PyTorch", "dpk_step", "ResNet-18 from ResNet-34", "224 pixels"
+    ),
+    _headline(
+        "ResNet-50 training step, 75 % hidden",
+        "the whole image",
+        "masked_resnet",
+        "ResNet-50 training step",
+        "75 % hidden",
+        "plain, unmasked",
+    ),
+)
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Returns the README's table, "" where there is no record.
+
+    Args:
+        records: what `latest` gives.
+
+    Example:
+        >>> table([])
+        ''
+    """
+    rows = ["| what, in float32 | against | on | times as fast |", "| --- | --- | --- | --- |"]
+    for headline in HEADLINES:
+        for record in records:
+            ratio = headline.ratio(record)
+            if ratio is not None:
+                where = f"{record['env']['threads']} threads of {record['env']['device']}"
+                rows.append(f"| {headline.sentence} | {where} | {ratio:.2f} |")
+    return "\n".join(rows) if len(rows) > 2 else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of ``python -m fastmkd.bench.headlines``.
+
+    Args:
+        argv: arguments; those of the process by default.
+
+    Returns:
+        Exit status: with ``--check``, 1 when the README is not what the records say.
+    """
+    parser = argparse.ArgumentParser(prog="python -m fastmkd.bench.headlines", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=results_folder())
+    add_page(parser, "README.md")
+    arguments = parse_page(parser, None if argv is None else list(argv))
+    records = latest(load(arguments.results))
+    return keep_page(arguments, parser.prog, lambda old: fill_markers(old, lambda _: table(records)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
