@@ -6,7 +6,7 @@ Run as a child process, with the interpreter off, since Triton decides at import
 
 The report is a list of records: kernel file, case, architecture, registers, shared memory in bytes, and the faults as
 sentences; an empty list is a pass. Without ``--all`` one case of a kernel file, with matrix products if it has any, is
-compiled and disassembled for every architecture; the others are compiled for one, in turn, and only asked what they use.
+compiled and disassembled for every architecture; the others are compiled for one, in turn, and asked what they use.
 Two cases that are spoilt on purpose, under the kernel name "spoilt", show that faults are found.
 """
 
