@@ -31,7 +31,10 @@ $(READY): pyproject.toml $(NATIVE)
 demo: install
 	$(BIN)/fastmkd demo
 
-test: install lint types unit doctest
+# mypy and the docstrings' examples keep one core busy each.
+test: install lint
+	$(MAKE) -j2 types doctest
+	$(MAKE) unit
 
 test-all: install lint types doctest
 	$(BIN)/python -m pytest tests
@@ -47,7 +50,7 @@ unit: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 doctest: install
-	$(BIN)/python -m pytest --doctest-modules fastmkd -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --doctest-modules fastmkd -q
 
 bench: install
 	$(BIN)/fastmkd bench

@@ -28,7 +28,16 @@ def pytest_unconfigure() -> None:
 # With `--dist loadfile` a worker gets whole files, in this order: the longest first, so that none is left for the end.
 LONGEST = [
     "kernels/test_interpreter.py",
+    "ops/test_generated.py",
     "kernels/test_aot.py",
+    "train/test_fsdp.py",
+    "native/test_build.py",
+    "train/test_detection_recipe.py",
+    "train/test_engine.py",
+    "bench/test_evidence_chain.py",
+    "examples/test_examples.py",
+    "nn/test_convert.py",
+    "nn/test_reppoints.py",
 ]
 
 

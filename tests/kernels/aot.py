@@ -5,9 +5,9 @@ Run as a child process, with the interpreter off, since Triton decides at import
     TRITON_INTERPRET=0 python tests/kernels/aot.py REPORT.json [--all]
 
 The report is a list of records: kernel file, case, architecture, registers, shared memory in bytes, and the faults as
-sentences; an empty list is a pass. Without ``--all`` only the first case of a kernel file, and its first with matrix
-products, are compiled for every architecture; the others for one, in turn. Two cases that are spoilt on purpose, under
-the kernel name "spoilt", show that faults are found.
+sentences; an empty list is a pass. Without ``--all`` one case of a kernel file, with matrix products if it has any, is
+compiled and disassembled for every architecture; the others are compiled for one, in turn, and asked what they use.
+Two cases that are spoilt on purpose, under the kernel name "spoilt", show that faults are found.
 """
 
 from __future__ import annotations
@@ -59,8 +59,11 @@ def compile_case(case, arch):
 
 def inspect(case, arch, compiled):
     """Returns what the machine code uses, and the faults as sentences."""
-    usage, sass = _disassemble(compiled.asm["cubin"])
+    usage = _dump(compiled.asm["cubin"], "-res-usage")
     stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    # Disassembly takes as long as compilation; what spills has a stack frame to spill to.
+    asked = stack or case.mma or case.requires or case.forbids
+    sass = _dump(compiled.asm["cubin"], "-sass") if asked else ""
     shared = compiled.metadata.shared
     checks = [
         (stack > 0, f"uses a stack frame of {stack} bytes"),
@@ -77,17 +80,14 @@ def inspect(case, arch, compiled):
     }
 
 
-def _disassemble(cubin):
+def _dump(cubin, flag):
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return [
-            subprocess.run([cuobjdump, flag, file.name], check=True, capture_output=True, text=True).stdout
-            for flag in ("-res-usage", "-sass")
-        ]
+        return subprocess.run([cuobjdump, flag, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def jobs(everything):
@@ -95,10 +95,12 @@ def jobs(everything):
     turn = itertools.cycle(ARCHS)
     for module in kernel_modules():
         name, cases = module.__name__.rpartition(".")[2], module.AOT_CASES
-        everywhere = [cases[0], *[case for case in cases if case.mma][:1]]
+        everywhere = next((case for case in cases if case.mma), cases[0])
         for case in cases:
-            for arch in ARCHS if everything or case in everywhere else (next(turn),):
-                yield name, case, arch
+            if everything or case is everywhere:
+                yield from ((name, case, arch) for arch in ARCHS)
+            else:
+                yield name, dataclasses.replace(case, mma=False, requires=(), forbids=()), next(turn)
 
 
 def spoilt():
@@ -111,7 +113,7 @@ def spoilt():
 
 def main(report, *options):
     records = []
-    # Disassembly takes as long as compilation, in a process of its own: it runs beside the next compilation.
+    # Disassembly is a process of its own: it runs beside the next compilation.
     with ThreadPoolExecutor(1) as pool:
         for kernel, case, arch in (*jobs("--all" in options), *spoilt()):
             label = {"kernel": kernel, "case": case.name, "arch": arch}

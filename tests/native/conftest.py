@@ -2,9 +2,9 @@ import ctypes
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -25,10 +25,18 @@ def run():
     return run_command
 
 
-@pytest.fixture(scope="session")
-def child():
-    """Runs Python code in a process of its own and returns what it prints."""
-    return lambda code, **env: run_command(sys.executable, "-c", code, **env).strip()
+@pytest.fixture
+def child(tmp_path):
+    """Runs Python code in a process of its own, which has no library loaded yet, and returns what it prints."""
+
+    def run(code, **env):
+        script = tmp_path / "child.py"
+        script.write_text(code)
+        done = fresh.run(script, folder=tmp_path, **env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
 
 
 @pytest.fixture(scope="session")

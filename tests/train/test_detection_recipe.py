@@ -108,9 +108,9 @@ def test_it_learns(folder):
         Path("set", part).rename(Path("set", f"old_{part}"))
     Path("set/val.json").write_text(Path("set/train.json").read_text())
     Path("set/val").symlink_to("train")
-    options = ["--schedule.epochs=40", "--optim.name=adamw", "--optim.lr=3e-3", "--ema=null", "--run.eval_every=40"]
+    options = ["--schedule.epochs=20", "--optim.name=adamw", "--optim.lr=1e-2", "--ema=null", "--run.eval_every=20"]
     result = train(load_recipe("boxes.yaml", [*options, "--optim.accumulate=1", "--student.kwargs.out_channels=32"]))
-    assert result["map50"] > 15  # an untrained one has less than 1
+    assert result["map50"] > 5  # an untrained one has less than 1
 
 
 class CrashError(Exception):
