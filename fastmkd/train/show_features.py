@@ -49,7 +49,7 @@ def show_features(setup: Setup, out: str | Path, count: int = 4, level: str | No
     columns: list[list[Panel]] = []
     seed_all(recipe.seed, "panels")  # the same masks whenever it is drawn
     for image in images:  # one at a time, for sizes may differ
-        one = [image] if source.task == "detection" else image[None]
+        one: Any = [image] if source.task == "detection" else image[None]
         try:
             panels = method.pictures(one, **chosen)
         except ValueError as error:

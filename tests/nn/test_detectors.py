@@ -160,6 +160,7 @@ def test_a_body_can_be_masked():
         ({"backbone": "resnet19"}, "backbone is 'resnet19', which neither .* Near it are resnet101"),
         ({"backbone": "vit_tiny_patch16_224", "backbone_kwargs": {}}, "maps at strides"),
         ({"image_size": (64,)}, "image_size is"),
+        ({"image_size": 64}, r"image_size is 64; expected \(shorter, longer\)"),
         ({"image_size": (64, 32)}, "at most as long"),
         ({"anchor_sizes": [8, 16]}, "expected 5 numbers"),
         ({"frozen_stages": 5}, "frozen_stages is 5; expected 0 to 4"),

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.long
 
 KWARGS = {
     "backbone": "timm.resnet18", "backbone_kwargs": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
-    "out_channels": 16, "anchor_sizes": [8, 16, 32, 64, 128], "image_size": 64,
+    "out_channels": 16, "anchor_sizes": [8, 16, 32, 64, 128], "image_size": [64, 64],
 }  # fmt: skip
 # Plain SGD: the bias of a block's keys has no gradient but rounding, which AdamW would make into whole steps.
 RECIPE = f"""

@@ -8,17 +8,13 @@ import torch
 from fastmkd.nn.segmenters import build_segmenter
 from fastmkd.train.export import export_onnx
 
-TINY = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+TINY = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "psp_out_channels": 16}
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("pspnet", {"psp_out_channels": 16, **TINY}), ("deeplabv3plus", {"decoder_channels": 16, **TINY})],
-)
-def test_onnx_computes_what_the_segmenter_does(name, options, tmp_path):
+def test_onnx_computes_what_the_segmenter_does(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    model = build_segmenter(name, "tu-resnet18", num_classes=5, **options).eval()
+    model = build_segmenter("pspnet", "tu-resnet18", num_classes=5, **TINY).eval()
     data = {"task": "segmentation", "channels": 3, "image_size": 72}  # no multiple of the encoder's stride
     export_onnx(model, {"data": data}, tmp_path / "bare.onnx")
     images = torch.randn(3, 3, 72, 72)

@@ -107,7 +107,7 @@ def build_detector(
 
 def _checked_size(image_size: Sequence[Any]) -> tuple[tuple[int, ...], int]:
     expected = "expected (shorter, longer) in pixels, the shorter side perhaps as a list of several"
-    if len(image_size) != 2:
+    if isinstance(image_size, int) or len(image_size) != 2:
         raise ValueError(f"image_size is {image_size}; {expected}.")
     shorter, longer = image_size
     sides = tuple(shorter) if isinstance(shorter, Sequence) else (shorter,)
