@@ -5,7 +5,8 @@
 
 A study is a folder with a ``study.yaml`` (see `Study`) and the recipes that it names. Where its settings pre-train,
 second halves follow each of them: fine-tuning, linear probes, few labels. It can be stopped at any time: a run with a
-record is not trained again, and an unfinished one goes on from its checkpoint. Records go to
+record is not trained again, and an unfinished one goes on from its checkpoint; ``--seeds 0`` trains the teachers and
+one seed first. A set that the study makes (`fastmkd scenes`) is made in the folder for the runs. Records go to
 ``bench/results/evidence/NAME.jsonl``; each holds the whole recipe, the scores and the curve of the training.
 """
 
@@ -15,7 +16,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from fastmkd.train.interrupt import RunInterrupted
 from fastmkd.train.loading import Loader, eval_plan
 from fastmkd.train.models import load_weights
 from fastmkd.train.rundir import RunDir
+from fastmkd.train.scenes_command import write_scenes
 from fastmkd.train.schema import Recipe
 from fastmkd.train.seeds import seed_all
 
@@ -46,13 +48,14 @@ __all__ = ["load", "main", "render", "run"]
 NOT_SCORES = ("name", "weights", "epochs", "bad_pictures", "images_per_second", "milliseconds_per_update")
 
 
-def run(study: Study, records: Path, root: Path) -> None:
+def run(study: Study, records: Path, root: Path, seeds: Iterable[int] | None = None) -> None:
     """Trains every run of a study that has no record yet and writes its record.
 
     Args:
         study: what to train.
         records: the study's file of records, which grows.
         root: folder for the runs.
+        seeds: train the runs of these, and the teachers; None trains all.
 
     Raises:
         UserError: a record was made with another recipe; the keys that differ are named.
@@ -62,13 +65,17 @@ def run(study: Study, records: Path, root: Path) -> None:
     for one in study.runs(root):
         record = known.get((one.setting, one.then, one.recipe.seed))
         if record is None:
-            missing.append(one)
+            if seeds is None or one.setting in study.teachers or one.recipe.seed in seeds:
+                missing.append(one)
         elif changed := one.changes(record):
             which = f"{one.setting!r}, {f'{one.then}, ' if one.then else ''}seed {one.recipe.seed}"
             raise UserError(
                 f"{records} has a record of {which}, from another recipe: {changed}. "
                 "Remove that line and the run's folder to train it again."
             )
+    if missing and study.scenes is not None and not study.made_set(root).exists():
+        root.mkdir(parents=True, exist_ok=True)
+        write_scenes(study.made_set(root), study.scenes)
     for one in missing:
         if one.first is not None:
             train(one.first)  # has been, unless its folder was lost
@@ -178,12 +185,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=results_folder() / "evidence")
     parser.add_argument("--studies", type=Path, default=REPOSITORY / "recipes" / "evidence")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "evidence", help="folder for weights")
+    parser.add_argument("--seeds", type=int, nargs="+", help="train these only, and the teachers")
     add_page(parser, "docs/evidence.md")
     arguments = parse_page(parser, None if argv is None else list(argv))
     if arguments.study is not None:
         try:
             study = Study.read(arguments.study.resolve())
-            run(study, arguments.results / f"{study.folder.name}.jsonl", arguments.runs)
+            run(study, arguments.results / f"{study.folder.name}.jsonl", arguments.runs, arguments.seeds)
         except UserError as error:
             parser.error(str(error))
         except RunInterrupted as stopped:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from fastmkd.train.evaluate import PERCENT
+
 from .study import Record, Study
 
 __all__ = ["spread", "tables"]
 
-Scores = dict[str, dict[int, float]]  # test top-1 in percent, by setting and seed
+Scores = dict[str, dict[int, float]]  # in percent, by setting and seed
+METRICS = ("top1", "map", "miou")  # what a run is judged by, a classifier's, a detector's or a segmenter's
 
 
 def tables(study: Study, records: Sequence[Record]) -> str:
@@ -21,13 +24,16 @@ def tables(study: Study, records: Sequence[Record]) -> str:
         study: what was to be trained.
         records: of what has been.
     """
-    scores: dict[str | None, Scores] = {}  # by second half; a pre-training itself has no top-1
+    metric = next((name for name in METRICS for record in records if name in record), METRICS[0])
+    scores: dict[str | None, Scores] = {}  # by second half; a pre-training itself is not judged
     for record in records:
-        if "top1" in record:
+        if metric in record:
             of_half = scores.setdefault(record.get("then"), {})
-            of_half.setdefault(record["setting"], {})[record["seed"]] = record["top1"]
+            of_half.setdefault(record["setting"], {})[record["seed"]] = record[metric]
     parts = [caption(study, records), asked(study, scores)]
-    parts += [table(study, then, scores[then], records) for then in (None, *study.then) if then in scores]
+    parts += [
+        table(study, then, scores[then], records, PERCENT[metric]) for then in (None, *study.then) if then in scores
+    ]
     return "\n\n".join(parts)
 
 
@@ -47,23 +53,23 @@ def asked(study: Study, scores: dict[str | None, Scores]) -> str:
     return "\n".join(lines)
 
 
-def table(study: Study, then: str | None, top1: Scores, records: Sequence[Record]) -> str:
+def table(study: Study, then: str | None, found: Scores, records: Sequence[Record], metric: str) -> str:
     """All settings after one second half."""
     teacher: dict[str, list[float]] = {}
     for record in records:
         if record.get("then") == then and record["teacher_top1"] is not None:
             teacher.setdefault(record["setting"], []).append(record["teacher_top1"])
-    head = [then or "setting", "test top-1", *(f"seed {seed}" for seed in study.seeds), f"against {study.against}"]
+    head = [then or "setting", f"test {metric}", *(f"seed {seed}" for seed in study.seeds), f"against {study.against}"]
     head += ["teacher on what it is shown"] * bool(teacher)
     lines = [line(head), line(["---"] * len(head))]
     for setting in (*study.teachers, *study.settings):
-        scores = top1.get(setting)
+        scores = found.get(setting)
         if scores is None:
             continue
         cells = [setting, spread(list(scores.values())), *[""] * (len(head) - 2)]
         if setting in study.settings:
             cells[2 : 2 + len(study.seeds)] = [f"{scores[s]:.2f}" if s in scores else "" for s in study.seeds]
-            gaps = [] if setting == study.against else paired(top1, setting, study.against)
+            gaps = [] if setting == study.against else paired(found, setting, study.against)
             cells[2 + len(study.seeds)] = spread(gaps, signed=True) if gaps else ""
             if setting in teacher:
                 cells[-1] = spread(teacher[setting])
@@ -84,9 +90,9 @@ def caption(study: Study, records: Sequence[Record]) -> str:
     return f"{command}: {count}; {'; '.join(sorted(made))}."
 
 
-def paired(top1: Scores, setting: str, over: str) -> list[float]:
+def paired(found: Scores, setting: str, over: str) -> list[float]:
     """Differences of two settings, seed by seed."""
-    first, second = top1.get(setting, {}), top1.get(over, {})
+    first, second = found.get(setting, {}), found.get(over, {})
     return [first[seed] - second[seed] for seed in first if seed in second]
 
 

@@ -13,6 +13,7 @@ from fastmkd.train.errors import UserError
 from fastmkd.train.finetune import DEFAULTS, tuning_recipe
 from fastmkd.train.recipe import differences, identity, load_recipe, with_defaults
 from fastmkd.train.rundir import RunDir
+from fastmkd.train.scenes_command import ScenesRecipe
 from fastmkd.train.schema import Recipe
 
 __all__ = ["Ask", "Record", "Run", "SecondHalf", "Study"]
@@ -61,12 +62,14 @@ class Run:
         then: name of the second half; None for the training before.
         recipe: what is trained.
         first: recipe of the run whose weights a second half starts from; None otherwise.
+        scenes: what the set that it sees was made with; None for any other data.
     """
 
     setting: str
     then: str | None
     recipe: Recipe
     first: Recipe | None = None
+    scenes: dict[str, Any] | None = None
 
     def seeded(self, seed: int) -> Run:
         """The same with a seed, which the names of its folders end in.
@@ -82,14 +85,15 @@ class Run:
         if self.first is not None:
             first = of(self.first)
             recipe.student = dataclasses.replace(recipe.student, backbone=str(RunDir(first.run_dir).weights))
-        return Run(self.setting, self.then, recipe, first)
+        return dataclasses.replace(self, recipe=recipe, first=first)
 
     def identities(self) -> dict[str, dict[str, Any]]:
-        """What makes the run what it is, of its recipe and of the first one, wherever their folders lie."""
+        """What makes the run what it is: its recipe, the first one, the made set, wherever their folders lie."""
+        made = {} if self.scenes is None else {"scenes": self.scenes}
         own = identity(self.recipe)
         if self.first is None:
-            return {"recipe": own}
-        return {"recipe": {**own, "student.backbone": self.first.name}, "first": identity(self.first)}
+            return {"recipe": own, **made}
+        return {"recipe": {**own, "student.backbone": self.first.name}, "first": identity(self.first), **made}
 
     def changes(self, record: Record) -> str:
         """Says what the run has otherwise than the one a record was made from, or '' if nothing.
@@ -98,8 +102,10 @@ class Run:
             record: of the same setting, second half and seed.
         """
         for part, new in self.identities().items():
-            plain = dataclasses.asdict(getattr(self, part))
-            if found := differences(with_defaults(record[part], new, plain), new):
+            old = record.get(part, {})
+            if part != "scenes":
+                old = with_defaults(old, new, dataclasses.asdict(getattr(self, part)))
+            if found := differences(old, new):
                 return found
         return ""
 
@@ -118,6 +124,7 @@ class Study:
         asked: what the study should show.
         teachers: recipes of the teachers by the name under which each is recorded; trained once for all seeds.
         then: second halves by name, for studies whose settings pre-train.
+        scenes: options of ``fastmkd scenes``, for studies on a set that it makes.
     """
 
     folder: Path
@@ -128,6 +135,7 @@ class Study:
     asked: list[Ask]
     teachers: dict[str, str] = field(default_factory=dict)
     then: dict[str, SecondHalf] = field(default_factory=dict)
+    scenes: ScenesRecipe | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Study:
@@ -145,7 +153,9 @@ class Study:
             values = dict(yaml.safe_load(path.read_text()))
             asked = [Ask(**ask) for ask in values.pop("asked", ())]
             then = {name: SecondHalf(**half) for name, half in values.pop("then", {}).items()}
-            study = cls(folder, asked=asked, then=then, **values)
+            made = values.pop("scenes", None)
+            scenes = None if made is None else ScenesRecipe(**made)
+            study = cls(folder, asked=asked, then=then, scenes=scenes, **values)
         except (AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{path} is not a study: {error}.") from None
         study._check(path)
@@ -196,6 +206,8 @@ class Study:
             root: folder for the runs.
         """
         common = {"run.root": str(root), "run.tensorboard": False}
+        if self.scenes is not None:
+            common["data.root"] = str(self.made_set(root))
         teachers: list[Run] = []
         chains: list[Run] = []  # parsing a recipe takes time: once for all seeds
         for teacher, file in self.teachers.items():
@@ -205,17 +217,37 @@ class Study:
             chains += self._chain(setting, load_recipe(self.folder / self.recipe, changes=changes), common)
         return [*teachers, *(one.seeded(seed) for seed in self.seeds for one in chains)]
 
+    def made_set(self, root: Path) -> Path:
+        """The folder of the set that the study makes, whose name says what is in it.
+
+        Args:
+            root: folder for the runs.
+        """
+        assert self.scenes is not None
+        return root / "-".join(["scenes", *map(str, made_with(self.scenes).values())])
+
     def _chain(self, setting: str, first: Recipe, common: dict[str, Any]) -> list[Run]:
         """The runs of a setting, or of a teacher, from its first recipe."""
         trained = self.pretrains(setting)
-        found = [Run(setting, None, first)] if trained else []
+        scenes = None if self.scenes is None else made_with(self.scenes)
+        found = [Run(setting, None, first, scenes=scenes)] if trained else []
         for then, half in self.halves(setting).items():
             changes = {**half.changes, **common, "name": f"{first.name}-{slug(then)}"}
             if not trained:
                 changes["student.backbone"] = None
             recipe = tuning_recipe(half.command, first, changes=changes)
-            found.append(Run(setting, then, recipe, first if trained else None))
+            found.append(Run(setting, then, recipe, first if trained else None, scenes))
         return found
+
+
+def made_with(scenes: ScenesRecipe) -> dict[str, Any]:
+    """The options that decide which set is made; not where its source lies.
+
+    Example:
+        >>> made_with(ScenesRecipe(images=8, size=64))
+        {'source': 'fashion-mnist', 'images': 8, 'val_images': 2, 'size': 64, 'split': 'hard', 'seed': 0}
+    """
+    return {key: value for key, value in dataclasses.asdict(scenes).items() if key != "root"}
 
 
 def slug(name: str) -> str:
