@@ -11,9 +11,10 @@ gathering of maps for CKA, blocks of a teacher that is split. An all-reduce of n
 double binary tree,
 
 .. math:: A_{ring} = l + 2 (p - 1) \Big( h + \frac{n}{p B} \Big), \qquad
-    A_{tree} = l + 2 \big( h_{out} \lceil \log_2 m \rceil + h_{in} (g - 1) \big) + \frac{2 n}{0.92 B}
+    A_{tree} = l + 2 \big( h_{out} \lceil \log_2 m \rceil + h_{in} (g - 1) \big) + 2 \frac{m - 1}{m} \frac{n}{\theta B}
 
-with g GPUs a node, h the mean delay of a hop, and B the bytes a second that leave a GPU. All numbers are predictions
+with g GPUs a node, h the mean delay of a hop, and B the bytes a second that leave a GPU, of which trees reach a share
+:math:`\theta`. All numbers are predictions
 from published figures and stated assumptions; nothing here is measured. `fastmkd.bench.scaling_simulation` plays the
 same step event by event.
 """
@@ -42,6 +43,7 @@ class Cluster:
         inside: bytes a second that leave a GPU within a node (published).
         outside: bytes a second that leave a node for each of its GPUs (published).
         wire: share of those that collectives reach (assumed).
+        trees: share of that which trees reach, NCCL's own model (published).
         hop_inside: seconds from GPU to GPU, NCCL's own model (published).
         hop_outside: likewise between nodes (published).
         launch: seconds to start a collective, likewise (published).
@@ -57,6 +59,7 @@ class Cluster:
     inside: float
     outside: float
     wire: float
+    trees: float
     hop_inside: float
     hop_outside: float
     launch: float
@@ -80,7 +83,7 @@ class Cluster:
 
 H100 = Cluster(
     "H100 SXM, 8 a node, NVLink 4, 400 Gbit/s InfiniBand a GPU",
-    peak=989e12, reached=0.35, memory=80e9, node=8, inside=450e9, outside=50e9, wire=0.8,
+    peak=989e12, reached=0.35, memory=80e9, node=8, inside=450e9, outside=50e9, wire=0.8, trees=0.92,
     hop_inside=3.4e-6, hop_outside=14e-6, launch=8.4e-6, bucket=25 * 2**20, spread=0.02,
 )  # fmt: skip
 
@@ -99,7 +102,7 @@ class Work:
         norms: batch norms that count over ranks: four small all-reduces each, two forward and two backward.
         gathered: numbers of an image's maps that every GPU gets from all others to measure CKA.
         summed: all-reduces of a few numbers that the step waits for.
-        blocks: of a split teacher, gathered one by one.
+        blocks: of a teacher that the GPUs of a node share, gathered one by one.
     """
 
     name: str
@@ -149,9 +152,10 @@ def ring(size: float, gpus: int, cluster: Cluster) -> float:
 
 def tree(size: float, gpus: int, cluster: Cluster) -> float:
     """Seconds of a double binary tree's all-reduce; see the module."""
-    levels = math.ceil(math.log2(cluster.nodes(gpus)))
+    m = cluster.nodes(gpus)
+    levels = math.ceil(math.log2(m))
     delay = cluster.hop_outside * levels + cluster.hop_inside * (cluster.node - 1)
-    return cluster.launch + 2 * delay + 2 * size / (0.92 * cluster.bandwidth(gpus))
+    return cluster.launch + 2 * delay + 2 * (m - 1) / m * size / (cluster.trees * cluster.bandwidth(gpus))
 
 
 def all_reduce(size: float, gpus: int, cluster: Cluster) -> float:
@@ -179,8 +183,8 @@ def waits(work: Work, gpus: int, cluster: Cluster) -> float:
         total += gather(4 * work.gathered * work.batch, gpus, cluster)
         total += images**2 * work.gathered / (cluster.peak * cluster.reached)  # one triangle of each Gram matrix
     if work.blocks:
-        part = work.teacher_weights / work.blocks / gpus
-        total += work.blocks * gather(part, gpus, cluster)
+        near = min(gpus, cluster.node)
+        total += work.blocks * gather(work.teacher_weights / work.blocks / near, near, cluster)
     return total
 
 

@@ -63,7 +63,7 @@ def simulate_tree(size: float, gpus: int, cluster: Cluster) -> float:
     """
     nodes = cluster.nodes(gpus)
     slices = max(1, round(size / 2 / SLICE))
-    busy = size / 2 / slices / (0.92 * cluster.bandwidth(gpus))
+    busy = size / 2 / slices / (cluster.trees * cluster.bandwidth(gpus))
     chain = cluster.hop_inside * (cluster.node - 1)
     parents = [[(v - 1) // 2 for v in range(nodes)] for _ in range(2)]
     place = [list(range(nodes)), list(range(nodes))[::-1]]  # the second tree's inner nodes are the first one's leaves
@@ -140,6 +140,7 @@ def _waits(work: Work, gpus: int, cluster: Cluster) -> tuple[float, float]:
         forward += simulate_ring(4 * work.gathered * work.batch, gpus, cluster, gather=True)
         forward += (work.batch * gpus) ** 2 * work.gathered / (cluster.peak * cluster.reached)
     if work.blocks:
-        part = work.teacher_weights / work.blocks / gpus
-        forward += work.blocks * simulate_ring(part, gpus, cluster, gather=True)
+        near = min(gpus, cluster.node)
+        part = work.teacher_weights / work.blocks / near
+        forward += work.blocks * simulate_ring(part, near, cluster, gather=True)
     return forward, 2 * work.norms * small

@@ -101,7 +101,7 @@ class Trainer:
         sharded = accelerator.is_fsdp2
         setup.method.to(device)  # with the teacher, which FSDP does not see
         if recipe.run.shard_teacher and world > 1:
-            shard_teacher(setup.teacher)
+            shard_teacher(setup.teacher, device)
         self.whole: Any = WholeCopy(self.student, device) if sharded else contextlib.nullcontext
         self.ema: Any = None
         if recipe.ema is not None:

@@ -240,8 +240,8 @@ class RunRecipe:
         tensorboard: write TensorBoard files beside the CSV.
         panels: at how many moments of training, spread evenly, to keep what the method sees in eight test pictures
             (saliency, kept patches) for fastmkd show --over-training; 0 for none.
-        shard_teacher: split the blocks of a frozen ViT teacher over the processes, each of which gathers a block while
-            it runs; for teachers that do not fit beside the student.
+        shard_teacher: split the blocks of a frozen ViT teacher over the processes of a node, each of which gathers a
+            block while it runs; for teachers that do not fit beside the student.
     """
 
     root: str = "runs"

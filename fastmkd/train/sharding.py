@@ -117,25 +117,33 @@ def shard_like(average: nn.Module, sharded: nn.Module) -> None:
         setattr(average.get_submodule(owner), leaf, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
-def shard_teacher(teacher: nn.Module | None) -> None:
-    """Splits the blocks of a frozen ViT over the processes; a block is whole only while it runs.
+def shard_teacher(teacher: nn.Module | None, device: torch.device) -> None:
+    """Splits the blocks of a frozen ViT over the processes of a node; a block is whole only while it runs.
 
-    Beside DDP as well as FSDP2: the teacher is no part of what they see. All processes must ask it equally often.
+    Beside DDP as well as FSDP2: the teacher is no part of what they see. All processes must ask it equally often. Over
+    several nodes the delays of gathering would outweigh the memory (docs/scaling.md).
 
     Args:
-        teacher: on its device; what lies outside its blocks stays whole.
+        teacher: what lies outside its blocks stays whole.
+        device: where it is.
 
     Raises:
         UserError: there is no teacher, or it has no blocks.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     blocks = getattr(teacher, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         kind = "there is none" if teacher is None else f"{type(teacher).__name__} has no blocks"
         raise UserError(f"run.shard_teacher splits the blocks of a ViT teacher, but {kind}; set it to false.")
+    world = dist.get_world_size()
+    near = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world % near:
+        raise UserError(f"run.shard_teacher needs as many processes on every node; there are {world} with {near} here.")
+    mesh = init_device_mesh(device.type, (world // near, near), mesh_dim_names=("nodes", "node"))["node"]
     for block in blocks:
-        fully_shard(block, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 class WholeCopy:

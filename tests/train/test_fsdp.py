@@ -232,7 +232,7 @@ def test_each_process_holds_its_part_of_a_split_teacher(folder, run):
 def test_a_teacher_without_blocks_is_not_split():
     for teacher, said in ((None, "there is none"), (nn.Linear(2, 2), "Linear has no blocks")):
         with pytest.raises(UserError, match=rf"run\.shard_teacher .* {said}"):
-            shard_teacher(teacher)
+            shard_teacher(teacher, torch.device("cpu"))
 
 
 def test_resume_is_exact(folder):
