@@ -216,8 +216,9 @@ def fuzz_apart(name: str, examples: int, folder: Path) -> dict[str, int]:
                 try:
                     fuzz(name, examples, last, counts)
                     os._exit(0)
-                except BaseException:
-                    traceback.print_exc(file=sys.stdout)
+                except BaseException as error:
+                    error.__notes__ = []  # every number of every tensor
+                    traceback.print_exception(error, limit=-6, file=sys.stdout)
         finally:
             os._exit(1)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -164,7 +164,7 @@ def test_every_call_that_can_meet_a_full_disk(tmp_path, monkeypatch):
 
         return call
 
-    for fails_at in range(1, 1000):  # noqa: B007 (the calls read it)
+    for fails_at in range(1, 1000):
         calls = 0
         with monkeypatch.context() as patch:
             for module, name in ((os, "mkdir"), (os, "fsync"), (os, "rename"), (io, "open")):
