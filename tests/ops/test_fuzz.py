@@ -135,10 +135,13 @@ def attempt(op: Op, args: tuple[Any, ...], backend: str) -> tuple[Tensor, ...] |
 
 
 def agrees(out: Tensor, exact: Tensor, plain: Tensor) -> bool:
-    """As accurate as PyTorch where the result is a number; no number where exact arithmetic has none."""
+    """As accurate as PyTorch where the result is a number; and where exact arithmetic has none, it shows.
+
+    Not at every place: what is absent adds nothing to compiled sums, and zero times infinity to those of a reference.
+    """
     if not out.is_floating_point() or out.shape != plain.shape or out.dtype != plain.dtype:
         return judge(out, exact, plain).ok
-    if (exact.isfinite().logical_not() & out.isfinite()).any():
+    if out.isfinite().all() and not exact.isfinite().all():
         return False
     both = exact.isfinite() & plain.isfinite()
     return judge(out[both], exact[both], plain[both]).ok
