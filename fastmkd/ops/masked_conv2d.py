@@ -74,6 +74,7 @@ def masked_conv2d(
         tensor([[21.],
                 [ 2.]])
     """
+    bias = None if bias is None else bias.contiguous()
     return _entry(values, weight, bias, taps, taps_back, order, order_back, groups)
 
 
@@ -138,6 +139,7 @@ def check(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}.")
     tables = (
         ("values", values),
+        ("bias", values if bias is None else bias),
         ("taps", taps),
         ("taps_back", taps_back),
         ("order", order),

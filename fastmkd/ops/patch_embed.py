@@ -69,6 +69,7 @@ def patch_embed(
         images, weight = images.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     sh, sw = (weight.shape[2], weight.shape[3]) if stride is None else stride
+    bias, pos = (None if tensor is None else tensor.contiguous() for tensor in (bias, pos))
     return _entry(images.contiguous(), weight.contiguous(), bias, pos, keep.contiguous(), sh, sw)
 
 
@@ -155,8 +156,9 @@ def check(
         raise ValueError(f"keep has shape {tuple(keep.shape)}; expected ({images.shape[0]}, k), a row per image.")
     if not 1 <= keep.shape[1] <= gh * gw:
         raise ValueError(f"keep names {keep.shape[1]} patches an image; expected 1 to {gh * gw}, the size of the grid.")
-    for name, tensor in (("images", images), ("weight", weight), ("keep", keep)):
-        if not tensor.is_contiguous():
+    named = (("images", images), ("weight", weight), ("bias", bias), ("pos", pos), ("keep", keep))
+    for name, tensor in named:
+        if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; expected a contiguous tensor, call .contiguous().")
 
 

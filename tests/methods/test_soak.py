@@ -36,7 +36,7 @@ def networks() -> dict[str, nn.Module]:
         "packed": fastmkd.convert_cnn(resnet.ResNet(resnet.BasicBlock, **stages)),
         "vit": fastmkd.MaskedViT(vit(dynamic_img_size=True)),
         "maskedkd": fastmkd.MaskedKD(vit(), vit(), keep_mass=0.8),
-        "dmae": fastmkd.DMAE(vit(), vit(), decoder_depth=1, decoder_width=24),
+        "dmae": fastmkd.DMAE(vit(), vit(), decoder_depth=1, decoder_width=24, decoder_heads=2),
         "dpk": dpk_networks.make(layers={"stem": "stem", "last": "last"}).float(),
         "mkd": fastmkd.MKD(*segmenters, mask_ratio=0.25, **SMALL),
     }

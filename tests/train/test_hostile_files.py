@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gzip
 import io
 import json
@@ -145,6 +146,7 @@ def test_no_weights_come_in_through_the_arguments_of_a_network(recipes, taken, k
     with pytest.raises(UserError, match=rf"student\.kwargs has {key}.*student\.weights"):
         train(load_recipe("teacher.yaml", changes={f"student.kwargs.{key}": value}))
     changes = {"teacher.recipe": None, "teacher.name": "vit_tiny_patch16_224", f"teacher.kwargs.{key}": value}
+    changes["teacher.weights"] = "own.safetensors"
     with pytest.raises(UserError, match=rf"teacher\.kwargs has {key}.*teacher\.weights"):
         train(load_recipe("student.yaml", changes=changes))
 
@@ -213,6 +215,7 @@ def encoded(kind: str, size: tuple[int, int] = (24, 16)) -> bytes:
     return file.getvalue()
 
 
+@functools.cache
 def hostile_pictures() -> dict[str, bytes]:
     jpeg, whole = encoded("JPEG"), encoded("PNG")
     tiff = bytearray(encoded("TIFF"))
@@ -221,7 +224,7 @@ def hostile_pictures() -> dict[str, bytes]:
         "program.jpg": b"#!/bin/sh\nmkdir taken\n", "postscript.jpg": encoded("EPS"), "gif.png": encoded("GIF"),
         "page.png": b"<html><body>404</body></html>", "head.jpg": jpeg[:20], "half.jpg": jpeg[: len(jpeg) // 2],
         "half.png": whole[: len(whole) // 2], "half.webp": encoded("WEBP")[:100], "half.bmp": encoded("BMP")[:200],
-        "header.png": whole[:33], "bomb.png": png(30_000, 20_000), "bigger_bomb.png": png(8, 8, says=(2**31 - 1,) * 2),
+        "header.png": whole[:33], "bomb.png": png(12_000, 10_000), "bigger_bomb.png": png(8, 8, says=(2**31 - 1,) * 2),
         "lying.png": png(8, 8, says=(9_000, 9_000)), "nothing.png": png(8, 8, says=(0, 8)),
         "half.tiff": bytes(tiff[: len(tiff) // 2]), "lying.ppm": b"P6 60000 60000 255\n" + bytes(100),
         "short.ppm": b"P6 900 900 255\n" + bytes(100), "checksum.png": whole[:50] + b"\xff\xff\xff" + whole[53:],
@@ -275,7 +278,7 @@ def test_hostile_pictures_with_boxes_and_masks(tmp_path):
     for part in ("train", "val"):
         (tmp_path / part).mkdir()
         for name in names:
-            (tmp_path / part / name).write_bytes(hostile.get(name) or encoded("PNG"))
+            (tmp_path / part / name).write_bytes(hostile.get(name, encoded("PNG")))
         content = {
             "images": [{"id": i, "file_name": name, "width": 24, "height": 16} for i, name in enumerate(names)],
             "annotations": [
@@ -293,11 +296,11 @@ def test_hostile_pictures_with_boxes_and_masks(tmp_path):
         for kind in ("images", "masks"):
             (tmp_path / "seg" / kind / part).mkdir(parents=True)
         for name in (name for name in names if Path(name).stem not in ("half", "lying")):
-            (tmp_path / "seg/images" / part / name).write_bytes(hostile.get(name) or encoded("PNG"))
+            (tmp_path / "seg/images" / part / name).write_bytes(hostile.get(name, encoded("PNG")))
             mask = io.BytesIO()
             Image.fromarray(np.zeros((16, 24), np.uint8)).save(mask, "PNG")
             (tmp_path / "seg/masks" / part / f"{Path(name).stem}.png").write_bytes(mask.getvalue())
-        (tmp_path / "seg/masks" / part / "good3.png").write_bytes(png(30_000, 20_000))  # the mask is the bomb
+        (tmp_path / "seg/masks" / part / "good3.png").write_bytes(png(12_000, 10_000))  # the mask is the bomb
     (tmp_path / "seg/classes.txt").write_text("a\nb\n")
     came, bad = read_all(load_data(DataRecipe(name="segfolder", root=str(tmp_path / "seg"))), 0, False)
     assert came == 3
@@ -355,7 +358,7 @@ def test_lying_idx_files_are_refused(tmp_path):
                     content = content[: draw.randrange(len(content))]
                 (tmp_path / name).write_bytes(content)
                 said, images = outcome(read_idx, tmp_path / name, 3)
-                assert said.endswith(".") or images.shape == (2, 3, 4)
+                assert said.endswith((".", "?")) or images.shape == (2, 3, 4)
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(whole + bytes(50_000_000)))
     with pytest.raises(UserError, match="goes on after the 24 values"):
         read_idx(tmp_path / "bomb.gz", num_dims=3)
