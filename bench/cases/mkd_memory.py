@@ -75,7 +75,7 @@ def decode(heads: nn.ModuleDict, maps: list[Tensor], teacher: list[Tensor], visi
 )
 def mkd_memory(setting: Setting) -> Case:
     """Random maps and weights, 10 % hidden; half precisions run under autocast."""
-    side, batch = (512, 4) if setting.on_gpu else (256, 2)
+    side, batch = (512 if setting.on_gpu else 256), 2
     return memory_case(setting, side, batch, 256)
 
 
