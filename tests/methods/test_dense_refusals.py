@@ -104,8 +104,6 @@ def test_bad_boxes_and_labels_of_every_detector(kind):
 
 def test_a_part_that_does_not_get_the_images_cannot_be_masked():
     student = detector()
-    with pytest.raises(
-        ValueError, match=r"is 'backbone.body.layer4', which gets maps of 8 channels and not the"
-    ):
+    with pytest.raises(ValueError, match=r"is 'backbone.body.layer4', which gets maps of 8 channels and not the"):
         fastmkd.MKD(student, teacher_of(), mask_ratio=0.3, backbone="backbone.body.layer4", **SMALL)
     assert type(student.backbone.body["layer4"][0].conv1) is nn.Conv2d
