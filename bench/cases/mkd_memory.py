@@ -60,7 +60,9 @@ def decode(heads: nn.ModuleDict, maps: list[Tensor], teacher: list[Tensor], visi
     """
     height, width = (side * CELL for side in visible.shape[1:])
     losses = []
-    levels = zip(STRIDES, heads["decoders"], heads["relations"], maps, teacher, strict=True)  # type: ignore[arg-type]
+    decoders: Any = heads["decoders"]
+    relations: Any = heads["relations"]
+    levels = zip(STRIDES, decoders, relations, maps, teacher, strict=True)
     for stride, decoder, relation, own, taught in levels:
         token = sam or stride
         grid = (height // token, width // token)
@@ -75,7 +77,7 @@ def decode(heads: nn.ModuleDict, maps: list[Tensor], teacher: list[Tensor], visi
 )
 def mkd_memory(setting: Setting) -> Case:
     """Random maps and weights, 10 % hidden; half precisions run under autocast."""
-    side, batch = (512, 4) if setting.on_gpu else (256, 2)
+    side, batch = (512 if setting.on_gpu else 256), 2
     return memory_case(setting, side, batch, 256)
 
 
