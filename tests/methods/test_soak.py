@@ -44,7 +44,7 @@ def networks() -> dict[str, nn.Module]:
 
 def step(name: str, network: nn.Module, draw: random.Random) -> torch.Tensor:
     """The loss of a network on a batch of a size and with a mask that are drawn."""
-    batch = draw.randint(1, 6)
+    batch = draw.randint(2, 6)
     targets = torch.randint(0, 5, (batch,))
     if name == "packed":
         gh, gw = draw.randint(1, 4), draw.randint(1, 4)
@@ -95,7 +95,7 @@ def soak(steps: int, warm_up: int) -> tuple[dict[str, int], dict[str, int]]:
         loss.backward()
         optimizers[name].step()
         optimizers[name].zero_grad(set_to_none=i % 2 == 0)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     for optimizer in optimizers.values():
         optimizer.zero_grad()
     assert all(map(torch.isfinite, map(torch.tensor, losses)))
@@ -117,6 +117,6 @@ def test_memory_caches_and_files_stay_as_they_are():
 
 @pytest.mark.long
 def test_thousands_of_steps():
-    before, after = soak(6000, 600)
+    before, after = soak(4000, 1500)  # until then libraries fill their caches of shapes
     print(before, after, sep="\n")  # the numbers of docs/reliability.md
     assert_flat(before, after)
