@@ -65,7 +65,7 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path: Path) -> N
     for name in ("whole", "killed"):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         done = subprocess.run(
-            [*launch, "--max-restarts=1", "worker.py", name],
+            [*launch, "--max-restarts=3", "worker.py", name],
             cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
