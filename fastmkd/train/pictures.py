@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +18,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever the name ends in; others can run programs (EPS)
 
 
-def open_picture(path: Path) -> Any:
-    """Opens a picture file as a PIL image, of which no pixel has been read yet.
+def open_picture(file: Path | BytesIO) -> Any:
+    """Opens a picture as a PIL image, of which no pixel has been read yet.
 
     Args:
-        path: the file.
+        file: its path, or its content.
 
     Raises:
         OSError: no file (a pipe would never end), or none of the formats of photographs.
@@ -29,9 +30,9 @@ def open_picture(path: Path) -> Any:
     """
     from PIL import Image
 
-    if not path.is_file():
+    if isinstance(file, Path) and not file.is_file():
         raise OSError("it is not a file")
-    picture = Image.open(path, formats=FORMATS)
+    picture = Image.open(file, formats=FORMATS)
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and picture.width * picture.height > most:
         picture.close()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError, shorten
-from .pictures import SUFFIXES
+from .pictures import SUFFIXES, open_picture
 
 __all__ = ["SHARDS", "ShardPictures", "open_shards"]
 
@@ -68,13 +68,11 @@ class ShardPictures:
         Args:
             index: from 0.
         """
-        from PIL import Image
-
         place = self.places[index]
         with self.shards[place.shard].open("rb") as file:
             file.seek(place.offset)
             content = file.read(place.size)
-        with Image.open(io.BytesIO(content)) as picture:
+        with open_picture(io.BytesIO(content)) as picture:
             return picture.convert("RGB")
 
     def target(self, index: int) -> int:

@@ -131,6 +131,19 @@ def test_a_broken_picture_is_skipped_counted_and_named(root):
     assert result["updates"] == 6
 
 
+def test_pictures_in_shards_are_opened_as_carefully_as_files(tmp_path, monkeypatch):
+    gif = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(gif, "gif")  # no format of photographs, whatever its name says
+    members = [("0.png", gif.getvalue()), ("0.cls", b"0"), ("1.png", picture(9, size=40)), ("1.cls", b"1")]
+    pictures, _ = open_shards(write(tmp_path / "a.tar", members).parent)
+    with pytest.raises(OSError, match="cannot identify"):
+        pictures.load(0)
+    assert pictures.load(1).size == (40, 40)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="40 x 40 pixels; expected at most 1000"):
+        pictures.load(1)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_goes_on_in_the_middle_of_an_epoch(root, workers):
     options = [f"--data.workers={workers}"]
