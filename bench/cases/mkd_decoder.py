@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastmkd import random_mask
 from fastmkd.methods.mkd_decoder import AdaptiveDecoder
-from fastmkd.methods.mkd_losses import Relation, level_errors
+from fastmkd.methods.mkd_losses import Relation, recover, relation_loss
 
 from ..op_entries import compile_variant
 from ..registry import Answer, Case, Setting, Variant, benchmark
@@ -74,12 +74,27 @@ def eager_losses(decoder: AdaptiveDecoder, rows: Tensor, teacher: Tensor, relati
     return F.mse_loss(*normal) / 2, related
 
 
-def our_losses(decoder: AdaptiveDecoder, rows: Tensor, teacher: Tensor, relation: Relation) -> Terms:
+def eager_levels(heads: nn.ModuleDict, rows: list[Tensor], teacher: list[Tensor]) -> Terms:
+    """Both losses, level by level.
+
+    Args:
+        heads: decoders and relations.
+        rows: of each level.
+        teacher: its levels.
+    """
+    levels = zip(heads["decoders"], rows, teacher, heads["relations"], strict=True)
+    first, second = zip(*(eager_losses(*level) for level in levels), strict=True)
+    return torch.stack(first).sum(), torch.stack(second).sum()
+
+
+def our_levels(heads: nn.ModuleDict, rows: list[Tensor], teacher: list[Tensor]) -> Terms:
     """The library's, likewise."""
-    grid = (int(rows.shape[1] ** 0.5),) * 2
-    errors = level_errors(decoder, rows, grid, teacher, relation)
-    assert errors.relation is not None
-    return errors.feat, errors.relation
+    levels = zip(heads["decoders"], rows, teacher, heads["relations"], strict=True)
+    recovered = [
+        recover(decoder, x, (int(x.shape[1] ** 0.5),) * 2, target, relation) for decoder, x, target, relation in levels
+    ]
+    feat = torch.stack([one.error for one in recovered]).sum()
+    return feat, relation_loss(list(heads["relations"]), recovered, [t.shape[2] * t.shape[3] for t in teacher])
 
 
 class Way:
@@ -87,7 +102,7 @@ class Way:
 
     Args:
         tokens: as `eager_tokens`.
-        losses: as `eager_losses`.
+        losses: as `eager_levels`.
     """
 
     def __init__(self, tokens: Callable[..., Tensor], losses: Callable[..., Terms]) -> None:
@@ -105,21 +120,18 @@ class Way:
             teacher: the teacher's levels.
             visible: ``(B, gh, gw)`` bool.
         """
-        pairs = []
-        for decoder, relation, x, t in zip(heads["decoders"], heads["relations"], maps, teacher, strict=True):
-            if part != "losses":
-                x = self.tokens(decoder, x, visible)
+        rows = maps
+        if part != "losses":
+            decoders = cast(nn.ModuleList, heads["decoders"])
+            rows = [self.tokens(decoder, x, visible) for decoder, x in zip(decoders, maps, strict=True)]
             if part == "tokens":
-                pairs.append((x.float().square().mean(), x.float().mean()))
-                continue
-            if part != "losses":
-                x = decoder.srm(decoder.norm(decoder.blocks(x)))
-            pairs.append(self.losses(decoder, x, t, relation))
-        first, second = (torch.stack(terms).sum() for terms in zip(*pairs, strict=True))
-        return first, second
+                ends = [(x.float().square().mean(), x.float().mean()) for x in rows]
+                return torch.stack([a for a, _ in ends]).sum(), torch.stack([b for _, b in ends]).sum()
+            rows = [decoder.srm(decoder.norm(decoder.blocks(x))) for decoder, x in zip(decoders, rows, strict=True)]
+        return self.losses(heads, rows, teacher)
 
 
-EAGER, OURS = Way(eager_tokens, eager_losses), Way(AdaptiveDecoder.tokens, our_losses)
+EAGER, OURS = Way(eager_tokens, eager_levels), Way(AdaptiveDecoder.tokens, our_levels)
 
 
 def make_heads(sides: tuple[int, ...], channels: int, **options: Any) -> nn.ModuleDict:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmkd import random_mask
 from fastmkd.methods.mkd_decoder import AdaptiveDecoder
-from fastmkd.methods.mkd_losses import Relation, level_errors
+from fastmkd.methods.mkd_losses import Relation, recover, relation_loss
 from fastmkd.methods.mkd_masking import mask_at
 
 from ..decoder_memory import STRIDES
@@ -59,17 +59,16 @@ def decode(heads: nn.ModuleDict, maps: list[Tensor], teacher: list[Tensor], visi
         sam: pixels of a token.
     """
     height, width = (side * CELL for side in visible.shape[1:])
-    losses = []
+    recovered = []
     decoders: Any = heads["decoders"]
     relations: Any = heads["relations"]
     levels = zip(STRIDES, decoders, relations, maps, teacher, strict=True)
     for stride, decoder, relation, own, taught in levels:
         token = sam or stride
         grid = (height // token, width // token)
-        errors = level_errors(decoder, decoder(own, mask_at(visible, grid)), grid, taught, relation)
-        assert errors.relation is not None
-        losses.append(WEIGHT * errors.feat + GLOBAL_WEIGHT * errors.relation)
-    return torch.stack(losses).sum()
+        recovered.append(recover(decoder, decoder(own, mask_at(visible, grid)), grid, taught, relation))
+    related = relation_loss(relations, recovered, [t.shape[2] * t.shape[3] for t in teacher])
+    return WEIGHT * torch.stack([one.error for one in recovered]).sum() + GLOBAL_WEIGHT * related
 
 
 @benchmark(

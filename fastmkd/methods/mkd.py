@@ -25,7 +25,7 @@ from .dense_method import DenseMethod, LevelShape
 from .mkd_checks import check_numbers, check_patches
 from .mkd_decoder import AdaptiveDecoder
 from .mkd_inherit import inherit_head
-from .mkd_losses import Relation, level_errors
+from .mkd_losses import Relation, recover, relation_loss
 from .mkd_masking import MaskedBackbone, Sight, coarser
 from .mkd_pictures import mkd_pictures
 from .task_loss import task_loss
@@ -277,15 +277,14 @@ class MKD(DenseMethod):
         """Sums over levels of both errors; L_global is None without a weight."""
         decoders: Any = self.heads["decoders"]
         relations: Any = self.heads["relations"] if self.global_weight else [None] * len(self.levels)
-        errors = []
+        recovered, positions = [], []
         for level, decoder, relation in zip(self.levels, decoders, relations, strict=True):
-            visible = self.visible_tokens(sight, level)
+            visible, target = self.visible_tokens(sight, level), teacher[level.teacher]
             rows = decoder(student[level.name], visible)
-            grid = (visible.shape[1], visible.shape[2])
-            errors.append(level_errors(decoder, rows, grid, teacher[level.teacher], relation))
-        feat = torch.stack([error.feat for error in errors]).sum()
-        related = [error.relation for error in errors if error.relation is not None]
-        return feat, torch.stack(related).sum() if related else None
+            recovered.append(recover(decoder, rows, (visible.shape[1], visible.shape[2]), target, relation))
+            positions.append(target.shape[2] * target.shape[3])
+        feat = torch.stack([one.error for one in recovered]).sum()
+        return feat, relation_loss(relations, recovered, positions) if self.global_weight else None
 
     def visible_tokens(self, sight: Sight, level: LevelShape) -> Tensor:
         """Returns ``(B, gh, gw)`` bool, which tokens of a level stand for something visible.

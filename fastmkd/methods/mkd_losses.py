@@ -7,41 +7,30 @@ r"""What MKD compares: layer-normalised maps, their global relations, and maps o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.recovered_loss import recovered_loss, relation_error
+from ..ops.recovered_loss import Recovered, recovered_loss, relation_error
 from .mkd_decoder import AdaptiveDecoder
 
 __all__ = [
     "ContextBlock",
-    "LevelErrors",
     "Relation",
+    "batched_added",
     "channel_logit_loss",
-    "level_errors",
     "normalise",
+    "recover",
+    "relation_loss",
 ]
 
 
-class LevelErrors(NamedTuple):
-    """The two errors of one level.
-
-    Attributes:
-        feat: its summand of L_feat.
-        relation: its summand of L_global; None where nobody asked.
-    """
-
-    feat: Tensor
-    relation: Tensor | None
-
-
-def level_errors(
+def recover(
     decoder: AdaptiveDecoder, rows: Tensor, grid: tuple[int, int], teacher: Tensor, relation: Relation | None
-) -> LevelErrors:
-    """Returns the errors of one level, after a layer norm of both sides over the channels of each position.
+) -> Recovered:
+    """Compares one level after a layer norm of both sides over the channels of each position.
 
     The paper says "a layer normalization operation"; over channels it leaves no position louder than another. The
     rebuilt map is written neither before nor after its norm, see `fastmkd.ops.recovered_loss`.
@@ -53,21 +42,45 @@ def level_errors(
         teacher: ``(B, C, h, w)``, a constant.
         relation: the level's pair of context blocks, or None.
 
+    Returns:
+        The level's summand of L_feat, and what `relation_loss` needs.
+
     Example:
         >>> decoder = AdaptiveDecoder(4, 6, patch=2, width=8, depth=1)
         >>> rows = decoder(torch.randn(2, 4, 4, 4), torch.ones(2, 2, 2, dtype=torch.bool))
-        >>> level_errors(decoder, rows, (2, 2), torch.randn(2, 6, 4, 4), None).feat.shape
+        >>> recover(decoder, rows, (2, 2), torch.randn(2, 6, 4, 4), None).error.shape
         torch.Size([])
     """
     size, patch = (teacher.shape[2], teacher.shape[3]), decoder.patch
     if size != (grid[0] * patch, grid[1] * patch):  # cut off at the edge, or averaged: a row for each position
         rows, patch = decoder.to_map(rows, grid, size).permute(0, 2, 3, 1).flatten(1, 2), 1
-    queries = None if relation is None else relation.queries()
-    recovered = recovered_loss(rows, teacher.detach(), patch, queries)
-    if relation is None:
-        return LevelErrors(recovered.error, None)
-    added = relation.added(recovered.contexts)
-    return LevelErrors(recovered.error, relation_error(recovered, added, size[0] * size[1]))
+    return recovered_loss(rows, teacher.detach(), patch, None if relation is None else relation.queries())
+
+
+def relation_loss(relations: Sequence[Relation], recovered: Sequence[Recovered], positions: Sequence[int]) -> Tensor:
+    """Returns L_global, the sum over levels (MKD, Eq. 4); the context blocks of all levels run as one batch.
+
+    Args:
+        relations: a pair of context blocks for each level.
+        recovered: of each level, from `recover`.
+        positions: h * w of each level.
+
+    Example:
+        >>> relation, same = Relation(4), torch.zeros(2, 4)
+        >>> relation_loss([relation], [Recovered(torch.tensor(0.5), same, same.expand(2, 2, 4))], [9])  # 4 * 9 ones
+        tensor(36., grad_fn=<SumBackward0>)
+    """
+    alike: dict[int, list[int]] = {}  # the levels of each width; a pyramid has one width
+    for level, relation in enumerate(relations):
+        alike.setdefault(relation.channels, []).append(level)
+    errors = []
+    for levels in alike.values():
+        blocks = [block for level in levels for block in (relations[level].student, relations[level].teacher)]
+        contexts = torch.cat([recovered[level].contexts for level in levels])  # (2 * L, B, C)
+        added = batched_added(blocks, contexts).unflatten(0, (-1, 2))  # (L, 2, B, C)
+        apart = (added[:, 0] - added[:, 1]).unbind()
+        errors += [relation_error(recovered[i], d, positions[i]) for i, d in zip(levels, apart, strict=True)]
+    return torch.stack(errors).sum()
 
 
 def normalise(features: Tensor) -> Tensor:
@@ -117,16 +130,29 @@ class ContextBlock(nn.Module):
         """
         share = self.attend(x).flatten(2).softmax(2)  # (B, 1, h * w)
         context = (x.flatten(2) @ share.mT.to(x.dtype))[..., 0]  # (B, C)
-        return x + self.added(context)[..., None, None]
+        out: Tensor = x + self.transform(context[..., None, None])
+        return out
 
-    def added(self, context: Tensor) -> Tensor:
-        """Returns what is added to every position, ``(B, C)``.
 
-        Args:
-            context: ``(B, C)``, the mean over positions, weighted by a softmax of `attend`.
-        """
-        out: Tensor = self.transform(context[..., None, None])
-        return out[..., 0, 0]
+def batched_added(blocks: Sequence[ContextBlock], contexts: Tensor) -> Tensor:
+    """Returns what several context blocks of one width add to every position; two batched matrix products.
+
+    Args:
+        blocks: n of them.
+        contexts: ``(n, B, C)``, for each block the mean over positions, weighted by a softmax of its `attend`.
+
+    Returns:
+        ``(n, B, C)``.
+
+    Example:
+        >>> batched_added([ContextBlock(8), ContextBlock(8)], torch.randn(2, 3, 8)).abs().max()
+        tensor(0., grad_fn=<MaxBackward1>)
+    """
+    alike = zip(*(block.transform.parameters() for block in blocks), strict=True)
+    first, b1, scale, shift, last, b2 = (torch.stack([w.reshape(len(w), -1).mT for w in ws]) for ws in alike)
+    hidden = torch.baddbmm(b1, contexts, first)  # (n, 1, C / 2) + (n, B, C) @ (n, C, C / 2) -> (n, B, C / 2)
+    hidden = F.layer_norm(hidden, hidden.shape[2:]) * scale + shift
+    return torch.baddbmm(b2, hidden.relu(), last)  # (n, B, C)
 
 
 class Relation(nn.Module):
@@ -142,6 +168,7 @@ class Relation(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.channels = channels
         self.student, self.teacher = ContextBlock(channels), ContextBlock(channels)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -156,14 +183,6 @@ class Relation(nn.Module):
     def queries(self) -> Tensor:
         """Returns the weights of both attentions, ``(2, C)``."""
         return torch.stack([block.attend.weight.flatten() for block in (self.student, self.teacher)])
-
-    def added(self, contexts: Tensor) -> Tensor:
-        """Returns what the student's block adds to every position less what the teacher's adds, ``(B, C)``.
-
-        Args:
-            contexts: ``(2, B, C)``, of the student's and of the teacher's map.
-        """
-        return self.student.added(contexts[0]) - self.teacher.added(contexts[1])
 
 
 def channel_logit_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:

@@ -9,7 +9,7 @@ from dense_nets import SMALL, batch, detector, teacher_of
 import fastmkd
 from fastmkd.bench.cases.mkd_decoder import eager_losses, eager_tokens
 from fastmkd.methods.mkd_decoder import AdaptiveDecoder
-from fastmkd.methods.mkd_losses import Relation, level_errors
+from fastmkd.methods.mkd_losses import Relation, recover
 
 
 class Saved:
@@ -52,8 +52,8 @@ def test_a_level_is_kept_once_on_each_side(patch, related):
     decoder, own, taught, visible, grid = level(patch)
     relation = Relation(own.shape[1]) if related else None
     with Saved() as saved:
-        errors = level_errors(decoder, decoder(own, visible), grid, taught, relation)
-    assert errors.feat.requires_grad
+        recovered = recover(decoder, decoder(own, visible), grid, taught, relation)
+    assert recovered.error.requires_grad
     assert saved.as_large_as(own.nbytes // 2) == [own.nbytes] * 3
     assert taught.untyped_storage().data_ptr() in saved.sizes
 
@@ -68,7 +68,7 @@ def test_written_plainly_it_is_kept_many_times():
 
 
 def test_all_levels_of_a_detector():
-    """The whole method: of the teacher's pyramid its five maps and no copy; of the rebuilt ones a set of rows each."""
+    """The whole method: of the teacher's pyramid its five maps and no copy; of the rebuilt ones rows."""
     method = fastmkd.MKD(detector(out=32), teacher_of(out=48), mask_ratio=0.3, **SMALL)
     images, targets = batch()
     with method._backbone.masking(method.draw) as sight:
@@ -81,8 +81,9 @@ def test_all_levels_of_a_detector():
     assert related.requires_grad
     finest = method.levels[0]
     cells, rows = seen.levels.maps[finest.name].nbytes, taught.maps[finest.teacher].nbytes
-    assert sorted(size for address, size in saved.sizes.items() if address not in given and size >= cells) == [
-        cells,
-        rows,
-    ]
+    relations = method.heads["relations"]
+    batched = 2 * len(relations) * relations[0].student.transform[0].weight.nbytes  # of all context blocks
+    assert sorted(size for address, size in saved.sizes.items() if address not in given and size >= cells) == sorted(
+        [cells, rows, batched, batched]
+    )
     assert all(x.untyped_storage().data_ptr() in saved.sizes for x in taught.maps.values())

@@ -16,8 +16,9 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 import fastmkd
-from fastmkd.methods.mkd_losses import channel_logit_loss
+from fastmkd.methods.mkd_losses import Relation, channel_logit_loss, normalise, relation_loss
 from fastmkd.methods.mkd_masking import MaskedBackbone, coarser
+from fastmkd.ops.recovered_loss import recovered_loss
 from fastmkd.reference.dense import dense_twin, upsampled
 
 
@@ -408,3 +409,27 @@ class _Made(dict):
 
 
 _METHODS = _Made()
+
+
+@pytest.mark.parametrize("widths", [(6,), (6, 6, 6), (4, 8, 4), (1, 3)])
+def test_relations_of_all_levels_are_those_of_each(widths):
+    """Levels of one width run as one batch; the oracle writes every map out."""
+    torch.manual_seed(1)
+    relations = [Relation(width).double() for width in widths]
+    for relation in relations:
+        for weight in relation.parameters():
+            nn.init.normal_(weight)
+    maps = [torch.randn(2, 2, c, 3, 4 + i, dtype=torch.float64) for i, c in enumerate(widths)]
+    student = [x[0].requires_grad_() for x in maps]
+    rows = [x.flatten(2).mT for x in student]  # (B, h * w, C): what a decoder with p = 1 says
+    recovered = [
+        recovered_loss(row, x[1], 1, relation.queries()) for row, x, relation in zip(rows, maps, relations, strict=True)
+    ]
+    ours = relation_loss(relations, recovered, [x[0, 0, 0].numel() for x in maps])
+    plain = sum(
+        relation(normalise(own), normalise(x[1])) for relation, own, x in zip(relations, student, maps, strict=True)
+    )
+    torch.testing.assert_close(ours, plain)
+    leaves = [*student, *(weight for relation in relations for weight in relation.parameters())]
+    for got, expected in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(plain, leaves), strict=True):
+        torch.testing.assert_close(got, expected)
