@@ -104,9 +104,10 @@ def draw(works: Sequence[Work], path: Path, cluster: Cluster = H100) -> None:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.0, 4.2), layout="constrained")
         axis = figure.subplots()
-        for work, colour in zip(works, COLOURS, strict=False):
+        for i, work in enumerate(works):
+            colour, line = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
             predicted = [predict(work, gpus, cluster) for gpus in GPUS]
-            axis.plot(GPUS, [p.efficiency for p in predicted], color=colour, label=work.name)
+            axis.plot(GPUS, [p.efficiency for p in predicted], color=colour, linestyle=line, label=work.name)
             played = [p.compute / simulate(work, gpus, cluster) for p, gpus in zip(predicted, GPUS, strict=True)]
             axis.plot(GPUS, played, "o", color=colour, markersize=3.5)
         axis.set_xscale("log", base=2)

@@ -13,6 +13,7 @@ from fastmkd.train.cost import vit_macs
 from fastmkd.train.dmae_cost import dmae_macs
 
 from .counted import operations
+from .registry import Setting
 from .scaling import Work
 
 __all__ = ["count"]
@@ -26,7 +27,7 @@ def count() -> list[Work]:
     sums = Work(**{**vars(dpk), "name": f'{dpk.name}, CkaGap("sums")', "gathered": 0.0, "summed": 1})
     dmae = _dmae()
     split = Work(**{**vars(dmae), "name": f"{dmae.name}, teacher split", "blocks": 24})
-    return [supervised, whole, masked, dmae, split, dpk, sums, _mkd()]
+    return [supervised, whole, masked, dmae, split, dpk, sums, _mkd(), _detector()]
 
 
 def _weights(network: nn.Module, trained: bool = False) -> float:
@@ -86,3 +87,15 @@ def _mkd() -> Work:
     own, asked = _run(method.train(), teacher, 2)
     name = "MKD, ResNet-18 from ResNet-34, SyncBatchNorm"
     return Work(name, 32, own, asked, _weights(method, trained=True), _weights(teacher), norms=norms)
+
+
+def _detector() -> Work:
+    from .cases.mkd_step import SIDE, networks, scenes  # torchvision, which nothing else on the page needs
+
+    batch, setting = 2, Setting(torch.device("cpu"))
+    student, teacher = networks(setting)
+    method = fastmkd.MKD(student, teacher, image_size=(SIDE, SIDE)).train()
+    images, targets = scenes(batch, SIDE, setting)
+    asked = operations(lambda: teacher.get_submodule("backbone")(torch.stack(images))) / batch  # no head
+    own = operations(lambda: method(images, targets)) / batch - asked
+    return Work("MKD, RetinaNet R50 from R101 at 512", 4, own, asked, _weights(method, trained=True), _weights(teacher))
