@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .environment import results_folder
-from .pages import add_page, keep_page, parse_page
+from .pages import page_command
 from .report import fill_markers, latest, load
 from .targets import Target
 
@@ -81,20 +79,12 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m fastmkd.bench.headlines``.
+    """Command line of ``python -m fastmkd.bench.headlines``; returns the exit status, see `page_command`."""
 
-    Args:
-        argv: arguments; those of the process by default.
+    def render(page: str, results: Path) -> str:
+        return fill_markers(page, lambda _: table(latest(load(results))))
 
-    Returns:
-        Exit status: with ``--check``, 1 when the README is not what the records say.
-    """
-    parser = argparse.ArgumentParser(prog="python -m fastmkd.bench.headlines", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=results_folder())
-    add_page(parser, "README.md")
-    arguments = parse_page(parser, None if argv is None else list(argv))
-    records = latest(load(arguments.results))
-    return keep_page(arguments, parser.prog, lambda old: fill_markers(old, lambda _: table(records)))
+    return page_command("headlines", __doc__, "README.md", render, argv)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .environment import REPOSITORY
+from .environment import REPOSITORY, results_folder
 
-__all__ = ["add_page", "keep_page", "parse_page"]
+__all__ = ["add_page", "keep_page", "page_command", "parse_page"]
+
+
+def page_command(
+    module: str,
+    about: str,
+    name: str,
+    render: Callable[[str, Path], str],
+    argv: Sequence[str] | None,
+    draw: Callable[[Path, Path], None] = lambda page, results: None,
+) -> int:
+    """Command line of ``python -m fastmkd.bench.MODULE``, which makes one page of a folder of records.
+
+    Args:
+        module: its name.
+        about: its docstring, the first line of which the help shows.
+        name: of the page, from the repository's root.
+        render: the old page and the folder -> the new page.
+        argv: arguments; those of the process if None.
+        draw: what else to make once the page is written; gets its path and the folder.
+
+    Returns:
+        Exit status: with ``--check``, 1 when the page is not what the records say.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m fastmkd.bench.{module}", description=about.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=results_folder())
+    add_page(parser, name)
+    arguments = parse_page(parser, None if argv is None else list(argv))
+    status = keep_page(arguments, parser.prog, lambda old: render(old, arguments.results))
+    if not arguments.check:
+        draw(arguments.page, arguments.results)
+    return status
 
 
 def add_page(parser: argparse.ArgumentParser, name: str) -> None:

@@ -7,7 +7,6 @@ outside the markers is written by hand and stays. Running it twice changes nothi
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import json
 import re
@@ -16,8 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .environment import results_folder
-from .pages import add_page, keep_page, parse_page
+from .pages import page_command
 from .progress import describe_variant
 from .targets import TARGETS
 
@@ -185,30 +183,20 @@ def figure_name(records: list[Record]) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m fastmkd.bench.report``.
+    """Command line of ``python -m fastmkd.bench.report``; returns the exit status, see `page_command`."""
 
-    Args:
-        argv: arguments; those of the process by default.
+    def draw(page: Path, results: Path) -> None:
+        try:
+            from .figures import draw_all
+        except ImportError as error:
+            print(f"tables are written, plots are not: {error}; pip install matplotlib", file=sys.stderr)
+            return
+        for path in draw_all(latest(load(results)), page.parent / "figures"):
+            print(path)
 
-    Returns:
-        Exit status: with ``--check``, 1 when the page is not what the records say.
-    """
-    parser = argparse.ArgumentParser(prog="python -m fastmkd.bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=results_folder())
-    add_page(parser, "docs/benchmarks.md")
-    arguments = parse_page(parser, None if argv is None else list(argv))
-    records = latest(load(arguments.results))
-    status = keep_page(arguments, parser.prog, lambda old: render(old, records))
-    if arguments.check:
-        return status
-    try:
-        from .figures import draw_all
-    except ImportError as error:
-        print(f"tables are written, plots are not: {error}; pip install matplotlib", file=sys.stderr)
-        return 0
-    for path in draw_all(records, arguments.page.parent / "figures"):
-        print(path)
-    return 0
+    return page_command(
+        "report", __doc__, "docs/benchmarks.md", lambda page, results: render(page, latest(load(results))), argv, draw
+    )
 
 
 if __name__ == "__main__":

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-os.environ["FASTMKD_CACHE"] = tempfile.mkdtemp(prefix="fastmkd-test-cache-")  # before fastmkd is imported anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode finds no modules beside the tests (fresh)
@@ -20,9 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode finds no module
 import torch
 
 
+@pytest.hookimpl(trylast=True)  # pytest has a temporary folder then, and has imported no test
+def pytest_configure(config: pytest.Config) -> None:
+    """The cache is where pytest removes old folders itself, those of a run that was killed too."""
+    os.environ["FASTMKD_CACHE"] = str(config._tmp_path_factory.mktemp("cache"))
+
+
 def pytest_unconfigure() -> None:
     gc.unfreeze()
-    shutil.rmtree(os.environ["FASTMKD_CACHE"], ignore_errors=True)
 
 
 # With `--dist loadfile` a worker gets whole files, in this order: the longest first, so that none is left for the end.

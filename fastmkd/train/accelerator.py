@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from .errors import UserError
@@ -30,4 +31,16 @@ def make_accelerator(recipe: Recipe) -> Any:
     except ValueError as error:
         raise UserError(f"run.precision is {recipe.run.precision!r}, which does not work here: {error}") from None
     settle_sharding(accelerator)
+    if _old_store():
+        accelerator.print(
+            "warning: torchrun was given --max-restarts, but its restarts may fail: it keeps one store for all of "
+            "them, in which new processes find the addresses of dead ones. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+            "and give torchrun --standalone or --rdzv-backend=c10d."
+        )
     return accelerator
+
+
+def _old_store() -> bool:
+    """Whether processes that torchrun starts anew would meet in the store of those that died."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -221,7 +221,7 @@ class Trainer:
 
     def _update(self, batches: Iterator[Batch], meter: Meter) -> None:
         """One step of the optimizer, on `accumulate` batches."""
-        recipe, accelerator, accumulate = self.recipe, self.accelerator, self.recipe.optim.accumulate
+        accelerator, accumulate = self.accelerator, self.recipe.optim.accumulate
         self.schedule.step_update(self.step)
         self.setup.method.set_epoch(self.step / self.updates_per_epoch)
         self.skips.begin()
@@ -237,16 +237,23 @@ class Trainer:
                 accelerator.backward(out.loss / accumulate)
             tried.append(self.skips.tried(out, images, targets))
         self.step += 1
-        if self.skips.leaves_out(tried):
+        scaled = accelerator.scaler is not None  # a gradient that has been unscaled must not be left out by others
+        if self.skips.leaves_out(tried, None if scaled else self._clip()):
             return
         for one in tried:
             meter.add(one.loss, one.terms, one.size * accelerator.num_processes)
-        if recipe.optim.clip_grad is not None:
-            accelerator.clip_grad_norm_(self.parameters, recipe.optim.clip_grad)
+        if scaled:
+            self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.student, step=self.step)
+
+    def _clip(self) -> Tensor | None:
+        """Limits the gradient as the recipe says; returns what its norm was, if anyone needs it."""
+        limit = self.recipe.optim.clip_grad or math.inf
+        needed = limit < math.inf or self.skips.allowed
+        return self.accelerator.clip_grad_norm_(self.parameters, limit) if needed else None
 
     def finished(self, batch: Batch, step: int, micro: int) -> tuple[Any, Any]:
         """Returns images and targets as the method gets them; seeds what it draws, too.

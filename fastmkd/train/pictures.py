@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
 
-__all__ = ["FilePictures", "Pictures", "TensorPictures", "find_classes", "open_picture"]
+__all__ = ["FilePictures", "Pictures", "StoredPictures", "TensorPictures", "find_classes", "open_picture"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+Stored = TypeVar("Stored")
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever the name ends in; others can run programs (EPS)
 
 
@@ -158,20 +159,28 @@ class TensorPictures:
         return TensorPictures(self.images[index], self.labels[index])
 
 
-class FilePictures:
-    """Picture files, read when they are needed and converted to RGB.
+class StoredPictures(Generic[Stored]):
+    """Pictures on a disk, read when they are needed and converted to RGB.
 
     Args:
-        paths: the files.
+        stored: where each lies; as a string it names the picture in a message.
         labels: ``(N,)`` int64.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor) -> None:
-        self.paths = list(paths)
+    def __init__(self, stored: Sequence[Stored], labels: Tensor) -> None:
+        self.stored = list(stored)
         self.labels = labels
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.stored)
+
+    def file(self, stored: Stored) -> Path | BytesIO:
+        """Returns what `open_picture` can open.
+
+        Args:
+            stored: where a picture lies.
+        """
+        raise NotImplementedError
 
     def load(self, index: int) -> Any:
         """Picture `index` as an RGB PIL image.
@@ -179,7 +188,7 @@ class FilePictures:
         Args:
             index: from 0.
         """
-        with open_picture(self.paths[index]) as picture:
+        with open_picture(self.file(self.stored[index])) as picture:
             return picture.convert("RGB")
 
     def target(self, index: int) -> int:
@@ -196,18 +205,30 @@ class FilePictures:
         Args:
             index: from 0.
         """
-        return str(self.paths[index])
+        return str(self.stored[index])
 
-    def subset(self, index: Tensor) -> FilePictures:
+    def subset(self, index: Tensor) -> Self:
         """Returns the pictures `index`.
 
         Args:
             index: int64.
         """
-        return FilePictures([self.paths[i] for i in index.tolist()], self.labels[index])
+        return type(self)([self.stored[i] for i in index.tolist()], self.labels[index])
+
+
+class FilePictures(StoredPictures[Path]):
+    """Picture files."""
+
+    def file(self, stored: Path) -> Path:
+        """Returns the path itself.
+
+        Args:
+            stored: path of a picture.
+        """
+        return stored
 
     @classmethod
-    def of_folder(cls, folder: Path, classes: Sequence[str]) -> FilePictures:
+    def of_folder(cls, folder: Path, classes: Sequence[str]) -> Self:
         """Lists ``folder/class/**/picture`` in sorted order.
 
         Args:

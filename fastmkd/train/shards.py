@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .errors import UserError, shorten
-from .pictures import SUFFIXES, open_picture
+from .pictures import SUFFIXES, StoredPictures
 
 __all__ = ["SHARDS", "ShardPictures", "open_shards"]
 
@@ -33,72 +31,35 @@ class Place(NamedTuple):
     """Where the bytes of a picture lie.
 
     Attributes:
-        shard: which tar file.
+        shard: the tar file.
         offset: of the first byte.
         size: bytes.
         name: of the picture in its shard.
         label: its class.
     """
 
-    shard: int
+    shard: Path
     offset: int
     size: int
     name: str
     label: int
 
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.name}"
 
-class ShardPictures:
-    """Pictures in tar files, read when they are needed and converted to RGB.
 
-    Args:
-        shards: the tar files.
-        places: of the pictures.
-    """
+class ShardPictures(StoredPictures[Place]):
+    """Pictures in tar files."""
 
-    def __init__(self, shards: Sequence[Path], places: Sequence[Place]) -> None:
-        self.shards, self.places = list(shards), list(places)
-        self.labels = torch.tensor([place.label for place in places], dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def load(self, index: int) -> Any:
-        """Picture `index` as an RGB PIL image.
+    def file(self, stored: Place) -> io.BytesIO:
+        """Returns the bytes of a picture.
 
         Args:
-            index: from 0.
+            stored: where they lie.
         """
-        place = self.places[index]
-        with self.shards[place.shard].open("rb") as file:
-            file.seek(place.offset)
-            content = file.read(place.size)
-        with open_picture(io.BytesIO(content)) as picture:
-            return picture.convert("RGB")
-
-    def target(self, index: int) -> int:
-        """Class of picture `index`.
-
-        Args:
-            index: from 0.
-        """
-        return int(self.labels[index])
-
-    def where(self, index: int) -> str:
-        """Names picture `index` for a message.
-
-        Args:
-            index: from 0.
-        """
-        place = self.places[index]
-        return f"{self.shards[place.shard]}: {place.name}"
-
-    def subset(self, index: Tensor) -> ShardPictures:
-        """Returns the pictures `index`.
-
-        Args:
-            index: int64.
-        """
-        return ShardPictures(self.shards, [self.places[i] for i in index.tolist()])
+        with stored.shard.open("rb") as file:
+            file.seek(stored.offset)
+            return io.BytesIO(file.read(stored.size))
 
 
 def open_shards(folder: Path) -> tuple[ShardPictures, list[str]]:
@@ -123,17 +84,17 @@ def open_shards(folder: Path) -> tuple[ShardPictures, list[str]]:
         raise UserError(f"{folder} has no *.tar; {SHARDS}.{''.join(hints[:1])}")
     places: list[Place] = []
     notes: list[str] = []
-    for number, path in enumerate(shards):
-        found, left_out = _read_shard(path, number)
+    for path in shards:
+        found, left_out = _read_shard(path)
         places += found
         if left_out:
             notes.append(f"{path}: {len(left_out)} left out: {shorten(left_out)}")
     if not places:
         raise UserError(f"no picture with a class is in {folder}. {' '.join(notes)} {SHARDS}.")
-    return ShardPictures(shards, places), notes
+    return ShardPictures(places, torch.tensor([place.label for place in places])), notes
 
 
-def _read_shard(path: Path, number: int) -> tuple[list[Place], list[str]]:
+def _read_shard(path: Path) -> tuple[list[Place], list[str]]:
     """What a shard holds in the order of its pictures, and what was left out of it with the reason."""
     pictures: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
@@ -160,7 +121,7 @@ def _read_shard(path: Path, number: int) -> tuple[list[Place], list[str]]:
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         left_out.append(f"what follows (the archive is damaged: {error})")
     places = [
-        Place(number, member.offset_data, member.size, member.name, labels[key])
+        Place(path, member.offset_data, member.size, member.name, labels[key])
         for key, member in pictures.items()
         if key in labels
     ]

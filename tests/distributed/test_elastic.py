@@ -57,6 +57,10 @@ torch.distributed.destroy_process_group()
 """
 
 
+# Without it torchrun's restarted processes find in its store the addresses of those that died, and wait for them.
+NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
 @pytest.mark.long
 def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
     for name, text in {"teacher.yaml": TEACHER, "student.yaml": STUDENT, "worker.py": WORKER}.items():
@@ -65,15 +69,16 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path: Path) -> N
     for name in ("whole", "killed"):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         done = subprocess.run(
-            [*launch, "--max-restarts=3", "worker.py", name],
+            [*launch, "--max-restarts=1", f"--log-dir={tmp_path}", "worker.py", name],
             cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **NEW_STORE},
             capture_output=True,
             text=True,
             timeout=600,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         said[name] = done.stdout
+        assert "its restarts may fail" not in done.stdout
     assert (tmp_path / "died.killed").exists()
     assert "going on at update 6" in said["killed"]
     assert "going on" not in said["whole"]

@@ -240,7 +240,7 @@ def test_a_share_of_a_folder_opens_no_picture(tmp_path):
         path.write_bytes(b"no picture")
     source = load_data(DataRecipe(name="imagefolder", root=str(root), label_fraction=0.5))
     assert source.train.labels.tolist() == [0, 0, 1, 1]
-    assert [path.parent.name for path in source.train.paths] == ["cat", "cat", "dog", "dog"]
+    assert [path.parent.name for path in source.train.stored] == ["cat", "cat", "dog", "dog"]
     assert len(source.test) == 8
 
 

@@ -110,7 +110,7 @@ def test_what_is_broken_is_left_out_by_name(tmp_path):
     cut = write(tmp_path / "c.tar", samples(range(10, 14)))
     cut.write_bytes(cut.read_bytes()[:5000])
     pictures, notes = open_shards(tmp_path)
-    names = [place.name for place in pictures.places]
+    names = [place.name for place in pictures.stored]
     assert names[:5] == ["000000.png", "000001.png", "000002.png", "000003.png", "../../000008.PNG"]
     assert set(names[5:]) <= {"000010.png", "000011.png", "000012.png"}
     assert len(notes) == 3
