@@ -2,70 +2,22 @@
 
 from __future__ import annotations
 
-import abc
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.masks import cell_scores
+from .dense_base import DenseBase, DenseStep, adapt_level, adapted_levels, adapters, head_at, one_width, wide
 from .dense_method import LevelShape
 from .dpk_ratio import RatioRule
-from .dpk_stage import resize
 from .fgd import FGDImitation, attention_weights
 from .mkd_losses import Relation, channel_logit_loss
 
 __all__ = ["CWD", "DPKFGD", "FGD", "MGD", "DenseBase", "DenseStep", "Hint"]
-
-
-class DenseStep(NamedTuple):
-    """What a loss may ask besides the levels.
-
-    Attributes:
-        boxes: true boxes of each image, ``(n, 4)`` corners in pixels of the batch; None without a detector.
-        image_size: ``(H, W)`` pixels of the batch.
-        epoch: from 0.
-    """
-
-    boxes: Sequence[Tensor] | None
-    image_size: tuple[int, int]
-    epoch: int = 0
-
-
-class DenseBase(abc.ABC):
-    """A loss over levels that `fastmkd.DenseKD` adds to the task's. An object keeps options only.
-
-    Attributes:
-        weight: usual weight in the loss, for ``DenseKD(weight=None)``.
-        needs_boxes: True for one that only detectors can have.
-    """
-
-    weight: float = 1.0
-    needs_boxes: bool = False
-
-    @abc.abstractmethod
-    def heads(self, levels: Sequence[LevelShape]) -> dict[str, nn.Module]:
-        """Makes what is trained besides the student.
-
-        Args:
-            levels: their shapes.
-        """
-
-    @abc.abstractmethod
-    def loss(
-        self, heads: nn.ModuleDict, student: Sequence[Tensor], teacher: Sequence[Tensor], step: DenseStep
-    ) -> Tensor:
-        """Returns a scalar.
-
-        Args:
-            heads: what `heads` made.
-            student: ``(B, C_S, h, w)`` of each level; gradients flow here.
-            teacher: ``(B, C_T, h, w)``, constants.
-            step: the rest.
-        """
 
 
 class Hint(DenseBase):
@@ -97,8 +49,8 @@ class Hint(DenseBase):
             teacher: of each level.
             step: not looked at.
         """
-        adapted = _adapted(heads, student, teacher)
-        return torch.stack([F.mse_loss(_wide(s), _wide(t)) for s, t in zip(adapted, teacher, strict=True)]).sum()
+        adapted = adapted_levels(heads, student, teacher)
+        return torch.stack([F.mse_loss(wide(s), wide(t)) for s, t in zip(adapted, teacher, strict=True)]).sum()
 
 
 class CWD(DenseBase):
@@ -125,7 +77,7 @@ class CWD(DenseBase):
         Args:
             levels: their shapes.
         """
-        return {"adapt": _adapters(levels)}
+        return {"adapt": adapters(levels)}
 
     def loss(
         self, heads: nn.ModuleDict, student: Sequence[Tensor], teacher: Sequence[Tensor], step: DenseStep
@@ -138,7 +90,7 @@ class CWD(DenseBase):
             teacher: of each level.
             step: not looked at.
         """
-        pairs = zip(_adapted(heads, student, teacher), teacher, strict=True)
+        pairs = zip(adapted_levels(heads, student, teacher), teacher, strict=True)
         return torch.stack([channel_logit_loss(s, t, self.temperature) for s, t in pairs]).sum()
 
 
@@ -180,7 +132,7 @@ class MGD(DenseBase):
             generators.append(
                 nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
             )
-        return {"adapt": _adapters(levels), "generate": generators}
+        return {"adapt": adapters(levels), "generate": generators}
 
     def loss(
         self, heads: nn.ModuleDict, student: Sequence[Tensor], teacher: Sequence[Tensor], step: DenseStep
@@ -193,13 +145,30 @@ class MGD(DenseBase):
             teacher: of each level.
             step: not looked at.
         """
-        errors, generators = [], cast(nn.ModuleList, heads["generate"])
-        for s, t, generate in zip(_adapted(heads, student, teacher), teacher, generators, strict=True):
-            size = (s.shape[2], s.shape[3])
-            noise = cell_scores("random", len(s), size, s.device).view(len(s), 1, *size)
-            kept = noise >= self.mask_ratio
-            errors.append((_wide(generate(s * kept.to(s.dtype))) - _wide(t)).square().sum() / len(s))
+        errors = []
+        for at, (s, t) in enumerate(zip(student, teacher, strict=True)):
+            guess, _ = self.view(heads, at, s, t, step.epoch)
+            errors.append((wide(guess) - wide(t)).square().sum() / len(s))
         return torch.stack(errors).sum()
+
+    def view(
+        self, heads: nn.ModuleDict, at: int, student: Tensor, teacher: Tensor, epoch: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the generated map, and also shows what it was generated from.
+
+        Args:
+            heads: convolutions and generators.
+            at: number of the level.
+            student: of this level.
+            teacher: of this level.
+            epoch: not looked at.
+        """
+        s = adapt_level(heads, at, student, teacher)
+        size = (s.shape[2], s.shape[3])
+        noise = cell_scores("random", len(s), size, s.device).view(len(s), 1, *size)
+        masked = s * (noise >= self.mask_ratio).to(s.dtype)
+        generated: Tensor = head_at(heads, "generate", at)(masked)
+        return generated, {"masked features": masked, "generated features": generated}
 
 
 class FGD(DenseBase):
@@ -245,13 +214,13 @@ class FGD(DenseBase):
         Args:
             levels: their shapes, all of the same width.
         """
-        _, other = _one_width(levels)
+        _, other = one_width(levels)
         imitation = FGDImitation(
             other, other, [level.size for level in levels], hybrid=False, foreground_weight=self.foreground_weight,
             background_weight=self.background_weight, temperature=self.temperature,
         )  # fmt: skip
         relation = nn.ModuleList(Relation(other) for _ in levels)
-        return {"adapt": _adapters(levels), "imitation": imitation, "relation": relation}
+        return {"adapt": adapters(levels), "imitation": imitation, "relation": relation}
 
     def loss(
         self, heads: nn.ModuleDict, student: Sequence[Tensor], teacher: Sequence[Tensor], step: DenseStep
@@ -266,14 +235,29 @@ class FGD(DenseBase):
         """
         assert step.boxes is not None
         imitation, relations = cast(FGDImitation, heads["imitation"]), cast(nn.ModuleList, heads["relation"])
-        adapted = _adapted(heads, student, teacher)
+        adapted = adapted_levels(heads, student, teacher)
         total: Tensor = imitation(adapted, teacher, step.boxes, step.image_size, step.epoch)
         for relation, s, t in zip(relations, adapted, teacher, strict=True):
-            s, t = _wide(s), _wide(t)
+            s, t = wide(s), wide(t)
             pairs = zip(attention_weights(s, self.temperature), attention_weights(t, self.temperature), strict=True)
             attention = torch.stack([(a - b).abs().sum() / len(s) for a, b in pairs]).sum()
             total = total + self.attention_weight * attention + self.relation_weight * relation(s, t)
         return total
+
+    def view(
+        self, heads: nn.ModuleDict, at: int, student: Tensor, teacher: Tensor, epoch: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the adapted map, and also shows the spatial attention of the teacher.
+
+        Args:
+            heads: of all levels.
+            at: number of the level.
+            student: of this level.
+            teacher: of this level.
+            epoch: not looked at.
+        """
+        adapted, maps = super().view(heads, at, student, teacher, epoch)
+        return adapted, {**maps, "teacher's attention": attention_weights(teacher, self.temperature)[0]}
 
 
 class DPKFGD(DenseBase):
@@ -312,7 +296,7 @@ class DPKFGD(DenseBase):
         Args:
             levels: their shapes, all of the same width.
         """
-        own, other = _one_width(levels)
+        own, other = one_width(levels)
         imitation = FGDImitation(
             own, other, [level.size for level in levels], ratio=self.ratio, foreground_weight=self.foreground_weight,
             background_weight=self.background_weight, encoder_depth=self.encoder_depth,
@@ -335,29 +319,21 @@ class DPKFGD(DenseBase):
         loss: Tensor = heads["imitation"](student, teacher, step.boxes, step.image_size, step.epoch)
         return loss
 
+    def view(
+        self, heads: nn.ModuleDict, at: int, student: Tensor, teacher: Tensor, epoch: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the hybrid map, with the share that the rule says, and also shows the teacher's attention.
 
-def _adapters(levels: Sequence[LevelShape]) -> nn.ModuleList:
-    """A 1 x 1 convolution for each level whose widths differ."""
-    return nn.ModuleList(
-        nn.Identity()
-        if level.student_channels == level.teacher_channels
-        else nn.Conv2d(level.student_channels, level.teacher_channels, 1)
-        for level in levels
-    )
-
-
-def _adapted(heads: nn.ModuleDict, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
-    """The student's levels in the teacher's width and size."""
-    levels = zip(cast(nn.ModuleList, heads["adapt"]), student, teacher, strict=True)
-    return [resize(adapt(s), (t.shape[2], t.shape[3])) for adapt, s, t in levels]
-
-
-def _one_width(levels: Sequence[LevelShape]) -> tuple[int, int]:
-    widths = {(level.student_channels, level.teacher_channels) for level in levels}
-    if len(widths) > 1:
-        raise ValueError("the levels differ in width, but FGD is for a pyramid, whose levels are equally wide.")
-    return widths.pop()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+        Args:
+            heads: the imitation term.
+            at: number of the level.
+            student: of this level.
+            teacher: of this level.
+            epoch: for schedules.
+        """
+        imitation = cast(FGDImitation, heads["imitation"])
+        hybrid = imitation.predict(at, student, teacher, epoch)
+        return hybrid, {
+            "hybrid features": hybrid,
+            "teacher's attention": attention_weights(teacher, imitation.temperature)[0],
+        }

@@ -40,8 +40,8 @@ def check_detection_batch(student: Any, images: Any, targets: Any) -> None:
 
     Raises:
         TypeError: another type or dtype.
-        ValueError: shapes or numbers that do not belong together, and on a CPU a box without area or a label without a
-            class.
+        ValueError: shapes or numbers that do not belong together, and on a CPU a box without area or end or a
+            label without a class.
     """
     if isinstance(images, Tensor) or not all(isinstance(image, Tensor) and image.dim() == 3 for image in images):
         raise TypeError("images of a detector must be a list of (C, H, W) tensors, one an image; sizes may differ.")
@@ -80,17 +80,18 @@ def _classes(student: Any) -> tuple[int, int] | None:
 
 
 def _check_values(i: int, boxes: Tensor, labels: Tensor, classes: tuple[int, int] | None) -> None:
-    flat = ~(boxes[:, 2:] > boxes[:, :2]).all(1)  # NaN too
-    if flat.any():
-        first = int(flat.nonzero()[0, 0])
+    wrong = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1))  # NaN too
+    if wrong.any():
+        first = int(wrong.nonzero()[0, 0])
+        what = "a box without area" if boxes[first].isfinite().all() else "no box"
         raise ValueError(
-            f"targets[{i}]['boxes'][{first}] is {boxes[first].tolist()}, a box without area; expected corners "
+            f"targets[{i}]['boxes'][{first}] is {boxes[first].tolist()}, {what}; expected finite corners "
             "x0, y0, x1, y1 with x0 < x1 and y0 < y1. Leave such boxes out."
         )
     if classes is not None:
-        wrong = labels[(labels < classes[0]) | (labels > classes[1])]
-        if len(wrong):
+        unknown = labels[(labels < classes[0]) | (labels > classes[1])]
+        if len(unknown):
             raise ValueError(
-                f"targets[{i}]['labels'] holds {wrong[0].item()}, but this detector has the classes {classes[0]} to "
+                f"targets[{i}]['labels'] holds {unknown[0].item()}, but this detector has the classes {classes[0]} to "
                 f"{classes[1]}; build it with more classes, or renumber the labels."
             )

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import DistillOutput
+from .base import DistillOutput, Panel
 from .choices import choose
 from .dense_bases import CWD, DPKFGD, FGD, MGD, DenseBase, DenseStep, Hint
 from .dense_checks import check_detection_batch
 from .dense_method import DenseMethod
+from .dense_pictures import dense_pictures
 from .task_loss import task_loss
 from .teacher_call import CompileMode
 
@@ -132,3 +133,23 @@ class DenseKD(DenseMethod):
             terms["logits"] = self.logit_error(seen.levels, taught, self.logits_temperature)
             loss = loss + self.logits_weight * terms["logits"]
         return DistillOutput(loss, {name: term.detach() for name, term in terms.items()}, prediction)
+
+    def pictures(self, images: Any, level: str | None = None, targets: Any = None) -> list[Panel]:
+        """Shows both networks' features, what the base makes of the student's, and how far that is from the teacher's.
+
+        Args:
+            images: as in `forward`.
+            level: which of the student's levels to show; None is the finest.
+            targets: of a detector, for the foreground of "fgd" and "dpk"; None leaves that panel out.
+
+        Returns:
+            Panels ``input``, ``teacher features`` and ``student features`` (mean absolute values); of "mgd" ``masked
+            features`` and ``generated features``, of "fgd" ``teacher's attention`` and ``foreground``, of "dpk" these
+            and ``hybrid features``, of the others ``adapted features`` where widths differ (of "fgd" too); and
+            ``distance to teacher`` of the last of these features (after a layer norm, as MKD's).
+
+        Raises:
+            ValueError: a level that there is not, or targets that do not fit the images.
+            TypeError: targets of the wrong type.
+        """
+        return dense_pictures(self, images, level, targets)

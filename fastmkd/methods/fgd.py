@@ -231,11 +231,18 @@ class FGDImitation(nn.Module):
                 raise ValueError(f"boxes holds {len(boxes)} images but the maps {len(s)}; give one tensor an image.")
             t, size = t.detach(), (t.shape[2], t.shape[3])
             masks = box_masks(boxes, image_size, size, t.device)
-            errors.append(imitation_loss(self._predict(i, s, t, epoch), t, *masks, *self.weights, self.temperature))
+            errors.append(imitation_loss(self.predict(i, s, t, epoch), t, *masks, *self.weights, self.temperature))
         return torch.stack(errors).sum()
 
-    def _predict(self, level: int, student: Tensor, teacher: Tensor, epoch: int) -> Tensor:
-        """f(F^s) or F^h, ``(B, C_T, h, w)``."""
+    def predict(self, level: int, student: Tensor, teacher: Tensor, epoch: int = 0) -> Tensor:
+        """Returns what is compared with the teacher's map of a level, f(F^s) or F^h, ``(B, C_T, h, w)``.
+
+        Args:
+            level: its number.
+            student: ``(B, C_S, h, w)``.
+            teacher: ``(B, C_T, h, w)``.
+            epoch: from 0, for schedules.
+        """
         stage, size = self.levels[level], (teacher.shape[2], teacher.shape[3])
         if not isinstance(stage, DPKStage):
             adapted: Tensor = stage(resize(student, size))

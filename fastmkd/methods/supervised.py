@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import DistillOutput
+from .dense_checks import check_detection_batch
 from .linear_probe import ProbingMethod
 from .task_loss import task_loss
 
@@ -50,16 +51,21 @@ class Supervised(ProbingMethod):
 
         Args:
             images: ``(B, C, H, W)`` floating point; a list of ``(3, H, W)`` for a detector.
-            targets: ``(B,)`` int64 class indices or ``(B, K)`` soft labels; a list of dicts for a detector; for a
-                segmenter ``(B, H, W)`` int64, 255 where a pixel does not count.
+            targets: ``(B,)`` int64 class indices or ``(B, K)`` soft labels; for a detector a list of dicts with
+                ``boxes`` and ``labels``; for a segmenter ``(B, H, W)`` int64, 255 where a pixel does not count.
 
         Returns:
             `DistillOutput` with the term ``ce``, or one term for each of a detector's losses.
 
         Raises:
-            ValueError: targets that do not fit the logits, or a detector in eval mode.
-            TypeError: targets of a wrong dtype, or an output that is neither logits nor losses.
+            ValueError: targets that do not fit the images or the logits, boxes or labels that make no sense, or a
+                detector in eval mode.
+            TypeError: images or targets of a wrong type, or an output that is neither logits nor losses.
         """
-        output = self.student(images) if isinstance(images, Tensor) else self.student(images, targets)
+        if isinstance(images, Tensor) and not hasattr(self.student, "transform"):  # which torchvision's detectors have
+            output = self.student(images)
+        else:
+            check_detection_batch(self.student, images, targets)
+            output = self.student(images, targets)
         loss, terms, said = task_loss(output, targets)
         return DistillOutput(loss, {name: term.detach() for name, term in terms.items()}, said)

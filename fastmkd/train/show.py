@@ -2,9 +2,9 @@
 
 Without an option, what its method has to show for some test pictures: input, saliency, kept patches; of a detector the
 true boxes and those it finds, of a segmenter the true classes and those it says. --features draws what the method has
-to show for these: MKD's features, distances and attention (MKD, Fig. 1, 2 and 6). --over-training draws the same few
-pictures as training went on, --answers what teacher and student say, --accuracy-against-kept compares runs that kept
-different shares of the patches (MaskedKD, Fig. 2).
+to show for these: of MKD features, distances and attention (MKD, Fig. 1, 2 and 6), of DenseKD features and distances.
+--over-training draws the same few pictures as training went on, --answers what teacher and student say,
+--accuracy-against-kept compares runs that kept different shares of the patches (MaskedKD, Fig. 2).
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ def main(argv: Sequence[str]) -> int:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--over-training", action="store_true", help="saliency and kept patches at several epochs")
     kind.add_argument("--answers", action="store_true", help="top 3 of teacher, masked teacher and student")
-    kind.add_argument("--features", action="store_true", help="of MKD: both networks' features, distances, attention")
+    kind.add_argument("--features", action="store_true", help="of MKD and DenseKD: both networks' features, distances")
     kind.add_argument("--accuracy-against-kept", action="store_true", help="of the students of several runs")
     parser.add_argument("--out", help="file to write: .png, .pdf or .svg; named after the kind of picture")
     parser.add_argument("--count", type=int, help="how many pictures to show: 8, with the first three options 4")
     parser.add_argument("--pictures", type=int, help="how many to measure the teacher's accuracy on; all")
-    parser.add_argument("--level", help="of MKD's features: the student's level, such as backbone.fpn:0; the finest")
+    parser.add_argument("--level", help="of --features: the student's level, such as backbone.fpn:0; the finest")
     parser.add_argument("--score", type=float, default=0.3, help="of a detector, least score of a box that is drawn")
     arguments, options = parser.parse_known_args(list(argv))
     for name in ("count", "pictures"):

@@ -1,4 +1,4 @@
-"""``fastmkd show RUN --features``: what a method has to show of test pictures of any size, such as MKD's features."""
+"""``fastmkd show RUN --features``: what a method has to show of test pictures of any size."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .loading import Loader
 from .seeds import seed_all
 from .sheet import draw_panel, new_figure, save_figure, spread, to_pixels
 from .tasks import task_of
+from .tasks.detection import without_crowds
 
 __all__ = ["show_features"]
 
@@ -34,22 +35,25 @@ def show_features(setup: Setup, out: str | Path, count: int = 4, level: str | No
     """
     source, recipe, method, task = setup.source, setup.recipe, setup.method, task_of(setup.source)
     if not method.has_pictures:
-        raise UserError(f"{type(method).__name__} has no features to show; a run of fastmkd.MKD has.")
+        raise UserError(f"{type(method).__name__} has no features to show; a run of MKD or DenseKD has.")
+    accepted = inspect.signature(method.pictures).parameters
     chosen: dict[str, Any] = {}
     if level is not None:
-        if "level" not in inspect.signature(method.pictures).parameters:
+        if "level" not in accepted:
             raise UserError(f"--level is {level}, but {type(method).__name__} has no levels to choose from.")
         chosen["level"] = level
     loader = Loader(source.test, recipe.data, None, source.image_size, torch.device("cpu"), recipe.seed, task)
     batch = next(loader.batches([spread(source.test.labels, count)]), None)
     if batch is None:
         raise UserError("none of the test pictures to show can be read.")
-    images, _ = task.finisher(source)(batch.images, batch.targets)
+    images, targets = task.finisher(source)(batch.images, batch.targets)
     method.eval()
     columns: list[list[Panel]] = []
     seed_all(recipe.seed, "panels")  # the same masks whenever it is drawn
-    for image in images:  # one at a time, for sizes may differ
+    for image, target in zip(images, targets, strict=True):  # one at a time, for sizes may differ
         one: Any = [image] if source.task == "detection" else image[None]
+        if source.task == "detection" and "targets" in accepted:
+            chosen["targets"] = [without_crowds(target)]  # as in training
         try:
             panels = method.pictures(one, **chosen)
         except ValueError as error:

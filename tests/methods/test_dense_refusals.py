@@ -1,10 +1,12 @@
-"""Pyramids that do not fit each other, frozen stages and bad boxes, for MKD and the methods beside it."""
+"""Pyramids that do not fit each other, frozen stages and bad boxes, for MKD, the methods beside it and none at all."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from dense_nets import SMALL, batch, detector, stages, teacher_of
+from dense_nets import SMALL, Segmenter, batch, detector, stages, teacher_of
 from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -16,8 +18,9 @@ METHODS = {
     "mkd": lambda student, teacher, **options: fastmkd.MKD(student, teacher, mask_ratio=0.3, **SMALL, **options),
     "mgd": lambda student, teacher, **options: fastmkd.DenseKD(student, teacher, base="mgd", **options),
     "fgd": lambda student, teacher, **options: fastmkd.DenseKD(student, teacher, base="fgd", **options),
+    "supervised": lambda student, _: fastmkd.Supervised(student),
 }
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", [name for name in METHODS if name != "supervised"])
 
 
 def with_levels(names, stride=2):
@@ -86,20 +89,53 @@ BAD_TARGETS = [
     (lambda t: t[0]["boxes"][1].copy_(torch.tensor([40.0, 9, 30, 20])), r"\['boxes'\]\[1\] is .* x0 < x1 and y0 < y1"),
     (lambda t: t[0].update(labels=torch.tensor([1, 4])), r"holds 4, but this detector has the classes \d to 3"),
     (lambda t: t[0].update(labels=torch.tensor([1, -1])), r"holds -1, but this detector has the classes"),
+    (lambda t: t[0]["boxes"][1].fill_(math.nan), r"\['boxes'\]\[1\] is .*, no box; expected finite corners"),
+    (lambda t: t[0]["boxes"][1, 2].fill_(math.inf), r"\['boxes'\]\[1\] is .*, no box; expected finite corners"),
+    (lambda t: t[0].update(boxes=torch.zeros(2, 5)), r"targets\[0\]\['boxes'\] has shape \(2, 5\); expected \(n, 4\)"),
+    (lambda t: t.pop(), r"images holds 2 images but targets 1; give one dict an image"),
+]
+OF_ANOTHER_TYPE = [
+    (lambda t: t[1].pop("boxes"), r"targets\[1\] has no tensor 'boxes'; expected 'boxes' \(n, 4\) and 'labels'"),
+    (lambda t: t[1].update(labels=[]), r"targets\[1\] has no tensor 'labels'"),
+    (lambda t: t[0].update(labels=torch.tensor([1])), r"is torch.int64 of shape \(1,\); expected int64 .* \(2,\)"),
+    (lambda t: t[0].update(labels=torch.tensor([1.0, 3])), r"is torch.float32 of shape \(2,\); expected int64"),
+    (lambda t: t.append(None), r"targets of a detector must be a list of dicts with 'boxes' and 'labels'"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["fcos", "reppoints", "retinanet", "faster_rcnn"])
 def test_bad_boxes_and_labels_of_every_detector(kind):
     teacher = teacher_of(kind)
-    for method in ("mkd", "mgd"):
+    for method in ("mkd", "mgd", "supervised"):
         made = METHODS[method](detector(kind), teacher).train()
-        for change, sentence in BAD_TARGETS:
-            images, targets = batch()
-            change(targets)
-            with pytest.raises(ValueError, match=sentence):
-                made(images, targets)
+        for error, cases in ((ValueError, BAD_TARGETS), (TypeError, OF_ANOTHER_TYPE)):
+            for change, sentence in cases:
+                images, targets = batch()
+                change(targets)
+                with pytest.raises(error, match=sentence):
+                    made(images, targets)
+        with pytest.raises(TypeError, match=r"images of a detector must be a list of \(C, H, W\) tensors"):
+            made(torch.rand(2, 3, 96, 96), batch()[1])
         made.release()
+
+
+BAD_MASKS = [
+    (lambda t: t.float(), TypeError, r"targets is torch.float32; expected \(B, H, W\) int64, the class of each pixel"),
+    (lambda t: t.tolist(), TypeError, r"targets is list; expected \(B, H, W\) int64"),
+    (lambda t: t[:, :63], ValueError, r"targets has shape \(2, 63, 64\); expected \(2, 64, 64\), as the logits"),
+    (lambda t: t + 3, ValueError, r"targets holds the label 3; the logits have 0 to 2, and 255 is for pixels that"),
+    (lambda t: t - 1, ValueError, r"targets holds the label -1; the logits have 0 to 2"),
+]
+
+
+@pytest.mark.parametrize("method", ["mkd", "mgd", "supervised"])
+def test_bad_masks_of_a_segmenter(method):
+    made = METHODS[method](Segmenter(), Segmenter(seed=1)).train()
+    images, targets = torch.rand(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.int64)
+    for change, error, sentence in BAD_MASKS:
+        with pytest.raises(error, match=sentence):
+            made(images, change(targets))
+    made(images, targets).loss.backward()
 
 
 def test_a_part_that_does_not_get_the_images_cannot_be_masked():

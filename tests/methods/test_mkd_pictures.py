@@ -7,8 +7,8 @@ import torch
 from dense_nets import SMALL, Segmenter, batch, detector, teacher_of
 
 import fastmkd
+from fastmkd.methods.dense_pictures import heat
 from fastmkd.methods.mkd_decoder import AdaptiveDecoder
-from fastmkd.methods.mkd_pictures import heat
 
 TITLES = [
     "input", "masked input", "teacher features", "student features", "restored features", "distance to teacher",

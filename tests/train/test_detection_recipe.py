@@ -264,4 +264,4 @@ def test_a_detector_that_does_not_return_losses():
     method = Supervised(torch.nn.Identity())
     method.student.forward = lambda images, targets: [{}]
     with pytest.raises(ValueError, match="returned a list, as a detector does in eval mode"):
-        method([torch.zeros(3, 8, 8)], [{}])
+        method([torch.zeros(3, 8, 8)], [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}])

@@ -1,4 +1,4 @@
-"""``fastmkd show --features``: MKD's pictures of detectors and segmenters, by the decoders that the run has trained."""
+"""``fastmkd show --features``: MKD's pictures of detectors and segmenters, and those of the methods beside it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from fastmkd.train import show_features as show_module
 from fastmkd.train.build import assemble, open_run
 from fastmkd.train.cli import main
 from fastmkd.train.engine import train
@@ -77,6 +78,18 @@ def test_features_by_the_trained_decoders(recipe, task, ema, capsys):
         assert sheet.size[1] > sheet.size[0]  # seven rows, three columns
     assert main(["show", "runs/mkd", "--features", "--level=p9", "--out", "features.png"]) == 2
     assert "level is 'p9'; this method has" in capsys.readouterr().err
+
+
+def test_features_of_a_method_beside_mkd(recipe, monkeypatch):
+    setup = assemble(recipe("detection", "--method=fastmkd.DenseKD", "--method.init_args.base=fgd"), train)
+    drawn = []
+    monkeypatch.setattr(show_module, "draw_panel", lambda cell, panel, index, inputs: drawn.append(panel))
+    show_features(setup, "features.png", count=2)
+    titles = ["input", "teacher features", "student features", "teacher's attention", "foreground",
+              "distance to teacher"]  # fmt: skip
+    assert [panel.title for panel in drawn] == 2 * titles
+    assert 0 < drawn[4].image.mean() < 1  # the true boxes of the picture
+    assert Path("features.png").stat().st_size
 
 
 def test_who_has_none_says_so(recipe):
