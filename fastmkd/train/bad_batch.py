@@ -96,8 +96,8 @@ class Skips:
         bad = ~torch.stack([batch.loss for batch in batches]).isfinite().all()
         verdict = bad.float() * LOSS
         if norm is not None:
-            norm = getattr(norm, "full_tensor", lambda: norm)()  # of FSDP, a DTensor
-            verdict = torch.where(bad, verdict, (~norm.isfinite()).float() * GRADIENT)
+            whole: Tensor = getattr(norm, "full_tensor", lambda: norm)()  # of FSDP, a DTensor
+            verdict = torch.where(bad, verdict, (~whole.isfinite()).float() * GRADIENT)
         verdicts = accelerator.gather(verdict[None]).tolist()  # of all processes: the one wait of an update
         if not any(verdicts):
             return False

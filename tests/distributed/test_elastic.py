@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastmkd.train.accelerator import make_accelerator
+from fastmkd.train.schema import Recipe, RunRecipe
+
 TEACHER = """
 name: teacher
 data: {name: digits, batch_size: 16, limit: 64, eval_batch_size: 360}
@@ -86,3 +89,13 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(tmp_path: Path) -> N
         ours, theirs = (load_file(tmp_path / "runs" / name / file) for name in ("killed", "whole"))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), file
+
+
+@pytest.mark.parametrize(("restarts", "old"), [("0", "True"), ("3", "False"), ("3", "True")])
+def test_a_run_says_when_its_restarts_may_fail(monkeypatch, capsys, restarts: str, old: str) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", old)
+    make_accelerator(Recipe(run=RunRecipe(device="cpu")))
+    said = capsys.readouterr().out
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in said) == ((restarts, old) == ("3", "True"))
+    assert ("its restarts may fail" in said) == bool(said)
