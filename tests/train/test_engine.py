@@ -77,7 +77,7 @@ def test_a_wrapped_student_is_refused(taught):
 
 def test_it_learns(recipes):
     options = [
-        "--data.limit=1438", "--data.batch_size=32", "--schedule.epochs=12", "--optim.lr=4e-3",
+        "--data.limit=1438", "--data.batch_size=32", "--schedule.epochs=12", "--run.eval_every=12", "--optim.lr=4e-3",
         "--student.kwargs.embed_dim=24", "--data.image_size=16", "--student.kwargs.patch_size=4",
     ]  # fmt: skip
     result = train(load_recipe("teacher.yaml", options))
