@@ -21,33 +21,57 @@ if TYPE_CHECKING:
     from .dense_method import DenseMethod, LevelShape
     from .mkd_masking import Sight
 
-__all__ = ["Look", "choose_level", "dense_pictures", "distance", "heat", "look_at"]
+__all__ = ["Look", "choose_level", "dense_pictures", "distance", "enlarge", "look_at", "stretch"]
 
 
 class Look(NamedTuple):
     """Both networks' maps of one level.
 
     Attributes:
-        images: ``(B, C, H, W)`` of the batch that both got, on the scale that the images came in.
+        images: ``(B, C, H, W)`` of the batch that both got, on the scale that the images came in, without padding that
+            no image needs.
         student: ``(B, C_S, h, w)``.
         teacher: ``(B, C_T, h, w)``.
         boxes: true boxes of each image in pixels of that batch; None if there were no targets.
+        padded: pixels ``(H', W')`` that the maps stand for.
     """
 
     images: Tensor
     student: Tensor
     teacher: Tensor
     boxes: list[Tensor] | None
+    padded: tuple[int, int]
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """``(H, W)`` of the batch."""
-        return self.images.shape[2], self.images.shape[3]
+    def cut(self, x: Tensor) -> Tensor:
+        """Returns a picture of the padded batch without the padding that no image needs.
+
+        Args:
+            x: ``(..., H', W')``.
+        """
+        return x[..., : self.images.shape[2], : self.images.shape[3]]
+
+    def heat(self, title: str, values: Tensor, where: Tensor | None = None) -> Panel:
+        """Returns a panel of maps, each stretched to 0..1 by itself and enlarged.
+
+        Args:
+            title: of the panel.
+            values: ``(B, h, w)``.
+            where: ``(B, H, W)`` bool, what counts; elsewhere is 0.
+        """
+        return Panel(title, stretch(self.cut(enlarge(values, self.padded)), where), "heat")
+
+    def features(self, title: str, maps: Tensor) -> Panel:
+        """Returns a panel of the mean absolute values of maps (MKD, Fig. 1).
+
+        Args:
+            title: of the panel.
+            maps: ``(B, C, h, w)``.
+        """
+        return self.heat(title, maps.abs().mean(1))
 
     def panels(self) -> list[Panel]:
-        """Returns ``teacher features`` and ``student features``, mean absolute values (MKD, Fig. 1)."""
-        pairs = (("teacher features", self.teacher), ("student features", self.student))
-        return [Panel(title, heat(x.abs().mean(1), self.size), "heat") for title, x in pairs]
+        """Returns ``teacher features`` and ``student features``."""
+        return [self.features("teacher features", self.teacher), self.features("student features", self.student)]
 
 
 def choose_level(method: DenseMethod, name: str | None) -> int:
@@ -85,15 +109,17 @@ def look_at(
     if transform is not None:
         batched, transformed = transform(list(images), targets)
         batch = batched.tensors
+        height, width = (max(sides) for sides in zip(*batched.image_sizes, strict=True))
         boxes = None if transformed is None else [target["boxes"] for target in transformed]
     found: dict[str, Tensor] = {}
     with read_levels(method.student, [level.name], found, method.densify(sight)):
         method.student(batch) if not method.form.features else run_features(method.student, method.form, batch)
     teacher = method.ask_teacher(batch).maps[level.teacher]
+    shown = batch
     if transform is not None:
         mean, std = (batch.new_tensor(x).view(-1, 1, 1) for x in (transform.image_mean, transform.image_std))
-        batch = batch * std + mean
-    return Look(batch, found[level.name], teacher, boxes)
+        shown = (batch * std + mean)[:, :, :height, :width]
+    return Look(shown, found[level.name], teacher, boxes, (batch.shape[2], batch.shape[3]))
 
 
 @torch.no_grad()
@@ -119,15 +145,15 @@ def dense_pictures(method: DenseKD, images: Any, name: str | None = None, target
         look = look_at(method, method.levels[at], images, targets)
         guess, maps = method.base.view(method.heads, at, look.student, look.teacher, method.epoch)
     panels = [Panel("input", look.images, "image"), *look.panels()]
-    panels += [Panel(title, heat(x.abs().mean(1), look.size), "heat") for title, x in maps.items()]
+    panels += [look.features(title, x) for title, x in maps.items()]
     if method.base.needs_boxes and look.boxes is not None:
         cells = (look.teacher.shape[2], look.teacher.shape[3])
-        foreground = box_masks(look.boxes, look.size, cells, look.images.device)[0] > 0  # (B, 1, h, w)
-        panels.append(Panel("foreground", F.interpolate(foreground.float(), look.size)[:, 0], "mask"))
-    return [*panels, Panel("distance to teacher", distance(guess, look.teacher, look.size), "heat")]
+        foreground = box_masks(look.boxes, look.padded, cells, look.images.device)[0][:, 0] > 0  # (B, h, w)
+        panels.append(Panel("foreground", look.cut(enlarge(foreground, look.padded)), "mask"))
+    return [*panels, look.heat("distance to teacher", distance(guess, look.teacher))]
 
 
-def distance(guess: Tensor, teacher: Tensor, size: tuple[int, int], where: Tensor | None = None) -> Tensor:
+def distance(guess: Tensor, teacher: Tensor) -> Tensor:
     """Returns how far two maps are from each other: the root of the mean square over channels, after a layer norm.
 
     That is what MKD's loss measures (Fig. 2); other methods show the same, so that pictures can be compared.
@@ -135,33 +161,48 @@ def distance(guess: Tensor, teacher: Tensor, size: tuple[int, int], where: Tenso
     Args:
         guess: ``(B, C, h, w)``.
         teacher: likewise.
-        size: ``(H, W)`` of the picture.
-        where: ``(B, H, W)`` bool, what counts; None is everything.
+
+    Returns:
+        ``(B, h, w)``.
 
     Example:
         >>> one = torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
-        >>> distance(torch.cat((one, one), 3), torch.cat((one, -one), 3), (1, 2))
-        tensor([[[0., 1.]]])
+        >>> distance(torch.cat((one, one), 3), torch.cat((one, -one), 3)).round(decimals=3)
+        tensor([[[0., 2.]]])
     """
-    far = (normalise(guess) - normalise(teacher)).square().mean(1).sqrt()  # (B, h, w)
-    return heat(F.interpolate(far[:, None], size, mode="nearest")[:, 0], size, where)
+    return (normalise(guess) - normalise(teacher)).square().mean(1).sqrt()
 
 
-def heat(values: Tensor, size: tuple[int, int], where: Tensor | None = None) -> Tensor:
-    """Stretches maps to 0..1, each by itself, and enlarges them.
+def enlarge(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Enlarges maps by repeating what they hold.
 
     Args:
-        values: ``(B, h, w)``.
+        values: ``(B, h, w)``, any dtype.
         size: ``(H, W)``.
-        where: ``(B, h, w)`` bool, what counts; elsewhere is 0.
+
+    Returns:
+        ``(B, H, W)`` float32.
 
     Example:
-        >>> heat(torch.tensor([[[1.0, 3.0]]]), (1, 4))
-        tensor([[[0., 0., 1., 1.]]])
+        >>> enlarge(torch.tensor([[[True, False]]]), (1, 4))
+        tensor([[[1., 1., 0., 0.]]])
     """
-    values = values.float()
+    return F.interpolate(values[:, None].float(), size, mode="nearest")[:, 0]
+
+
+def stretch(values: Tensor, where: Tensor | None = None) -> Tensor:
+    """Stretches maps to 0..1, each by itself.
+
+    Args:
+        values: ``(B, H, W)``.
+        where: ``(B, H, W)`` bool, what counts; elsewhere is 0.
+
+    Example:
+        >>> stretch(torch.tensor([[[1.0, 2.0, 3.0]]]))
+        tensor([[[0.0000, 0.5000, 1.0000]]])
+    """
     flat = values if where is None else values.masked_fill(~where, math.inf)
     low = flat.flatten(1).amin(1)[:, None, None]
     values = values - low if where is None else (values - low).masked_fill(~where, 0.0)
     high = values.flatten(1).amax(1)[:, None, None].clamp_min(torch.finfo(torch.float32).tiny)
-    return F.interpolate((values / high)[:, None], size, mode="nearest")[:, 0]
+    return values / high

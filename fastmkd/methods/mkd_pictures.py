@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .base import Panel
-from .dense_pictures import choose_level, distance, heat, look_at
+from .dense_pictures import choose_level, distance, look_at
 from .features import eval_mode
 from .mkd_masking import mask_at
 
@@ -33,10 +33,11 @@ def mkd_pictures(method: MKD, images: Any, name: str | None = None) -> list[Pane
     level = method.levels[at]
     with eval_mode(method.student), method._backbone.masking(method.draw) as sight:
         look = look_at(method, level, images, sight=sight)
-    student, teacher, size = look.student, look.teacher, look.size
-    seen = torch.ones(len(student), *size, device=student.device)
+    student, teacher = look.student, look.teacher
+    seen = torch.ones(len(student), *look.padded, device=student.device)
     if sight.visible is not None:
-        seen = mask_at(sight.visible, sight.padded)[:, : size[0], : size[1]].float()
+        seen = mask_at(sight.visible, sight.padded)[:, : look.padded[0], : look.padded[1]].float()
+    seen = look.cut(seen)
     panels = [Panel("input", look.images, "image"), Panel("masked input", seen, "mask"), *look.panels()]
     if "decoders" not in method.heads:
         return panels
@@ -47,7 +48,7 @@ def mkd_pictures(method: MKD, images: Any, name: str | None = None) -> list[Pane
     attention = decoder.attention(student, visible)[:, (grid[0] // 2) * grid[1] + grid[1] // 2]  # (B, N)
     return [
         *panels,
-        Panel("restored features", heat(restored.abs().mean(1), size), "heat"),
-        Panel("distance to teacher", distance(restored, teacher, size, seen > 0), "heat"),
-        Panel("decoder attention", heat(attention.unflatten(1, grid), size), "heat"),
+        look.features("restored features", restored),
+        look.heat("distance to teacher", distance(restored, teacher), seen > 0),
+        look.heat("decoder attention", attention.unflatten(1, grid)),
     ]

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ..methods import Panel
 from .checkpoint import atomic_write
+from .data import DataSource
 from .errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_panel", "draw_sheet", "new_figure", "save_figure", "spread", "to_pixels"]
+__all__ = ["choose", "draw_panel", "draw_sheet", "new_figure", "save_figure", "spread", "to_pixels"]
 
 HIDDEN = (0.66, 0.73, 0.82)
 
@@ -39,6 +40,19 @@ def spread(labels: Tensor, count: int) -> Tensor:
         turn[members] = torch.arange(int(members.sum()))
     order = torch.argsort(turn * (int(labels.max()) + 1) + labels)
     return order[:count]
+
+
+def choose(source: DataSource, count: int) -> Tensor:
+    """Returns the indices of test pictures to show: `spread` over the classes, pictures without things last.
+
+    Args:
+        source: data of any task; of a detector the largest box counts.
+        count: how many; all if there are fewer.
+    """
+    labels = source.test.labels
+    if source.task == "detection":  # 0 is a picture without boxes
+        labels = torch.where(labels > 0, labels, len(source.classes) + 1)
+    return spread(labels, count)
 
 
 def to_pixels(panels: Sequence[Panel], mean: Sequence[float], std: Sequence[float]) -> list[Panel]:

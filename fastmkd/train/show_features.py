@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from ..methods import Panel
+from ..methods.dense_method import DenseMethod
+from ..methods.dense_pictures import choose_level
 from .build import Setup
 from .errors import UserError
 from .loading import Loader
 from .seeds import seed_all
-from .sheet import draw_panel, new_figure, save_figure, spread, to_pixels
+from .sheet import choose, draw_panel, new_figure, save_figure, to_pixels
 from .tasks import task_of
 from .tasks.detection import without_crowds
 
@@ -43,12 +45,14 @@ def show_features(setup: Setup, out: str | Path, count: int = 4, level: str | No
             raise UserError(f"--level is {level}, but {type(method).__name__} has no levels to choose from.")
         chosen["level"] = level
     loader = Loader(source.test, recipe.data, None, source.image_size, torch.device("cpu"), recipe.seed, task)
-    batch = next(loader.batches([spread(source.test.labels, count)]), None)
+    batch = next(loader.batches([choose(source, count)]), None)
     if batch is None:
         raise UserError("none of the test pictures to show can be read.")
     images, targets = task.finisher(source)(batch.images, batch.targets)
     method.eval()
     columns: list[list[Panel]] = []
+    # A detector takes pixels in [0, 1] and normalises them itself.
+    mean, std = ([0.0], [1.0]) if source.task == "detection" else (source.mean, source.std)
     seed_all(recipe.seed, "panels")  # the same masks whenever it is drawn
     for image, target in zip(images, targets, strict=True):  # one at a time, for sizes may differ
         one: Any = [image] if source.task == "detection" else image[None]
@@ -58,9 +62,12 @@ def show_features(setup: Setup, out: str | Path, count: int = 4, level: str | No
             panels = method.pictures(one, **chosen)
         except ValueError as error:
             raise UserError(f"{type(method).__name__} cannot show this: {error}") from None
-        # A detector takes pixels in [0, 1] and normalises them itself.
-        columns.append(panels if source.task == "detection" else to_pixels(panels, source.mean, source.std))
-    save_figure(_figure(columns, f"{recipe.name}: {type(method).__name__}"), out)
+        columns.append(to_pixels(panels, mean, std))
+    title = f"{recipe.name}: {type(method).__name__}"
+    if isinstance(method, DenseMethod):
+        shown = method.levels[choose_level(method, level)]
+        title += f"\nlevel {shown.name}, stride {shown.stride}"
+    save_figure(_figure(columns, title), out)
 
 
 def _figure(columns: list[list[Panel]], title: str) -> Any:
@@ -74,5 +81,5 @@ def _figure(columns: list[list[Panel]], title: str) -> Any:
     for cells, panel in zip(axes, columns[0], strict=True):
         cells[0].set_ylabel(panel.title, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    figure.supxlabel("heat maps: dark least, yellow most, stretched for each picture", fontsize=8)
+    figure.supxlabel("heat maps: dark least or hidden, yellow most, stretched for each picture", fontsize=8)
     return figure

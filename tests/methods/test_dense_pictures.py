@@ -8,7 +8,7 @@ from dense_nets import Segmenter, batch, detector, teacher_of
 
 import fastmkd
 from fastmkd.methods.dense_bases import DPKFGD, FGD, MGD
-from fastmkd.methods.dense_pictures import distance, heat
+from fastmkd.methods.dense_pictures import distance, enlarge, stretch
 from fastmkd.methods.fgd import attention_weights
 
 FIRST, LAST = ["input", "teacher features", "student features"], ["distance to teacher"]
@@ -56,8 +56,9 @@ def test_maps_are_those_of_the_loss():
     maps = {"teacher features": teacher, "student features": student, "masked features": adapted,
             "generated features": generated}  # fmt: skip
     for title, expected in maps.items():
-        torch.testing.assert_close(shown[title], heat(expected.abs().mean(1), (96, 96)))
-    torch.testing.assert_close(shown["distance to teacher"], distance(generated, teacher, (96, 96)))
+        torch.testing.assert_close(shown[title], enlarge(stretch(expected.abs().mean(1)), (96, 96)))
+    far = stretch(distance(generated, teacher))
+    torch.testing.assert_close(shown["distance to teacher"], enlarge(far, (96, 96)))
     half = make(MGD(mask_ratio=0.5)).pictures(images)[3].image[:, ::8, ::8]
     assert 0.35 < (half == 0).float().mean() < 0.65  # 2 x 144 draws: five deviations
 
@@ -74,9 +75,8 @@ def test_foreground_and_attention_of_fgd():
     assert not empty.any()  # an image without boxes
     with torch.no_grad():
         teacher = method.teacher.backbone(method.student.transform(large)[0].tensors)["0"]
-    torch.testing.assert_close(
-        panels["teacher's attention"], heat(attention_weights(teacher)[0][:, 0], (96, 96)), rtol=1e-4, atol=1e-5
-    )
+    attention = enlarge(stretch(attention_weights(teacher)[0][:, 0]), (96, 96))
+    torch.testing.assert_close(panels["teacher's attention"], attention, rtol=1e-4, atol=1e-5)
 
 
 BOX, LABEL = torch.tensor([[32.0, 16, 48, 32]]), torch.tensor([1])

@@ -7,7 +7,7 @@ import torch
 from dense_nets import SMALL, Segmenter, batch, detector, teacher_of
 
 import fastmkd
-from fastmkd.methods.dense_pictures import heat
+from fastmkd.methods.dense_pictures import stretch
 from fastmkd.methods.mkd_decoder import AdaptiveDecoder
 
 TITLES = [
@@ -36,9 +36,18 @@ def test_panels_of_a_detector():
         assert torch.equal(panel.image.amax((1, 2)), torch.ones(2))
     batched = method.student.transform(images)[0].tensors
     level = method.teacher.backbone(batched)["0"].abs().mean(1)
-    torch.testing.assert_close(by_title["teacher features"][:, ::8, ::8], heat(level, (12, 12)))
+    torch.testing.assert_close(by_title["teacher features"][:, ::8, ::8], stretch(level))
     assert method.student.training
     assert method.student.backbone.training
+
+
+def test_padding_that_no_image_needs_is_not_shown():
+    method = fastmkd.MKD(detector(), teacher_of(), mask_ratio=0.3, **SMALL)
+    image = torch.rand(3, 96, 70)  # padded to 96 x 96
+    panels = method.pictures([image])
+    assert all(panel.image.shape[-2:] == (96, 70) for panel in panels)
+    torch.testing.assert_close(panels[0].image[0], image, rtol=1e-4, atol=1e-5)
+    assert all(panel.image.max() == 1 for panel in panels[2:])  # what was cut off does not count
 
 
 def test_other_levels_and_networks():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,13 +44,19 @@ run: {tensorboard: false, log_every: 3}
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices lose more to thread hand-over than they gain, most of all on a busy machine."""
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices lose more to thread hand-over than they gain, most of all on a busy machine."""
+    with single_thread():
+        yield
 
 
 @pytest.fixture
@@ -58,6 +66,28 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "student.yaml").write_text(STUDENT)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which both have been trained, to ``runs/teacher`` and ``runs/whole``; nobody may write there."""
+    from fastmkd.train.engine import train
+    from fastmkd.train.recipe import load_recipe
+
+    path = tmp_path_factory.mktemp("finished")
+    (path / "teacher.yaml").write_text(TEACHER)
+    (path / "student.yaml").write_text(STUDENT)
+    with single_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        train(load_recipe("student.yaml", ["--name=whole"], {"run.save_every": 2}))
+    return path
+
+
+@pytest.fixture
+def taught(recipes: Path, finished: Path) -> Path:
+    """`recipes` with the finished run of the teacher, for tests that are about the student."""
+    shutil.copytree(finished / "runs/teacher", recipes / "runs/teacher")
+    return recipes
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from fastmkd.train.recipe import load_recipe
 MASKED = "teacher, 31% of the patches"
 
 
-def test_answers_by_hand(recipes):
+def test_answers_by_hand(taught):
     options = ["--schedule.epochs=1", "--method.init_args.keep_ratio=0.3"]
     assert main(["train", "student.yaml", *options]) == 0
     setup = open_run(load_recipe("student.yaml", options))
@@ -64,7 +64,7 @@ def test_the_figure_shows_the_three_likeliest_and_which_is_right():
     [([], "50%"), (["--method.init_args.keep_mass=0.5"], "%")],
     ids=["half", "by mass"],
 )
-def test_command(recipes, capsys, options, share):
+def test_command(taught, capsys, options, share):
     options = ["--schedule.epochs=1", *options]
     assert main(["train", "student.yaml", *options]) == 0
     assert main(["show", "student.yaml", *options, "--answers", "--count=2"]) == 0
@@ -72,7 +72,7 @@ def test_command(recipes, capsys, options, share):
     assert share in list(answers_of(open_run(load_recipe("student.yaml", options)), 2).probabilities)[1]
 
 
-def test_mistakes(recipes, capsys):
+def test_mistakes(taught, capsys):
     assert main(["train", "student.yaml", "--schedule.epochs=1", "--method.init_args.keep_ratio=1"]) == 0
     for run, said in (("runs/student", "(MaskedKD) no patch is hidden"), ("runs/teacher", "(Supervised) no patch")):
         assert main(["show", run, "--answers"]) == 2

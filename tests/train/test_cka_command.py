@@ -15,7 +15,7 @@ def table(path: str) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_student_against_teacher_with_curves(recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_student_against_teacher_with_curves(taught: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "student.yaml", "--run.keep=10"]) == 0
     options = ["--training=true", "--limit=100", "--batch_size=32", "--other_layers=[blocks.0]"]
     assert main(["cka", "runs/student", *options, "--layers=[blocks.*]"]) == 0
@@ -58,7 +58,7 @@ def test_student_against_teacher_with_curves(recipes: Path, capsys: pytest.Captu
         (["runs/teacher", "runs/teacher", "--layers=[blocks.9]"], "no module 'blocks.9'"),
     ],
 )
-def test_mistakes(recipes: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+def test_mistakes(taught: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     main(["train", "teacher.yaml"])
     assert main(["cka", *arguments]) == 2
     assert said in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_train_then_export_eval_show_cost(recipes, capsys):
     assert "7.1 T" in capsys.readouterr().out
 
 
-def test_onnx_export_computes_what_the_model_does(recipes):
+def test_onnx_export_computes_what_the_model_does(taught):
     onnxruntime = pytest.importorskip("onnxruntime")
     main(["train", "teacher.yaml"])
     assert main(["export", "runs/teacher", "--out", "bare.onnx"]) == 0
@@ -69,7 +69,7 @@ def test_onnx_export_computes_what_the_model_does(recipes):
     torch.testing.assert_close(torch.from_numpy(logits), model(images).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_onnx_export_names_the_packages_it_lacks(recipes, capsys, monkeypatch):
+def test_onnx_export_names_the_packages_it_lacks(taught, capsys, monkeypatch):
     main(["train", "teacher.yaml"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["export", "runs/teacher", "--out", "bare.onnx"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,9 @@ run: {tensorboard: false, log_every: 1}
 
 
 @pytest.fixture
-def dpk(recipes: Path) -> Path:
-    (recipes / "dpk.yaml").write_text(DPK)
-    return recipes
+def dpk(taught: Path) -> Path:
+    (taught / "dpk.yaml").write_text(DPK)
+    return taught
 
 
 def column(folder: Path, name: str) -> list[float]:
@@ -96,7 +97,7 @@ def test_schedule_is_told_the_epoch(dpk):
 def test_the_data_tell_the_image_size(dpk):
     options = ["--student.name=resnet18", "--student.kwargs={channels: [4, 4, 8, 8], layers: [1, 1, 1, 1]}"]
     layers = ["--method.init_args.layers={layer2: blocks.0}", "--data.image_size=16", "--schedule.epochs=1"]
-    teacher = ["--teacher.options={data.image_size: 16}"]
+    teacher = ["--teacher.options={data.image_size: 16, name: larger}"]
     assert train(load_recipe("dpk.yaml", options + layers + teacher))["updates"] == 4
 
 
@@ -115,6 +116,7 @@ def test_baselines_by_key(dpk, base):
 
 def test_chain_of_assistants(dpk, capsys):
     """TAKD (DPK, Table 11): each teacher comes from a recipe that has a teacher of its own."""
+    shutil.rmtree(dpk / "runs/teacher")
     (dpk / "assistant.yaml").write_text(DPK.replace("name: dpk", "name: assistant"))
     options = ["--name=last", "--teacher.recipe=assistant.yaml", "--method.init_args.layers={blocks.1: blocks.1}"]
     train(load_recipe("dpk.yaml", [*options, "--schedule.epochs=1"]))

@@ -24,8 +24,8 @@ from fastmkd.train.interrupt import RunInterrupted
 from fastmkd.train.recipe import load_recipe
 
 
-def weights(run: str) -> dict[str, torch.Tensor]:
-    return load_file(Path("runs") / run / "model.safetensors")
+def weights(run: str, folder: Path = Path()) -> dict[str, torch.Tensor]:
+    return load_file(folder / "runs" / run / "model.safetensors")
 
 
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -49,9 +49,9 @@ def test_maskedkd_trains_its_teacher_first_and_reuses_it(recipes, capsys):
     assert train(load_recipe("student.yaml")) == result  # a finished run is returned, not trained again
 
 
-def test_patches_by_saliency_mass(recipes):
+def test_patches_by_saliency_mass(taught):
     train(load_recipe("student.yaml", ["--method.init_args.keep_mass=0.8", "--schedule.epochs=1", "--run.log_every=1"]))
-    rows = [line.split(",") for line in (recipes / "runs/student/metrics.csv").read_text().splitlines()]
+    rows = [line.split(",") for line in (taught / "runs/student/metrics.csv").read_text().splitlines()]
     kept = [float(value) for _, _, name, value in rows if name == "train.kept"]
     assert len(kept) == 4
     assert all(0 < share < 1 for share in kept)
@@ -66,7 +66,7 @@ def test_a_teacher_of_a_larger_size_comes_from_its_recipe(recipes):
     assert train(load_recipe("student.yaml", options))["updates"] == 4
 
 
-def test_a_wrapped_student_is_refused(recipes):
+def test_a_wrapped_student_is_refused(taught):
     """Its parameters have other names than its state_dict, which PyTorch's checkpoints compare."""
     setup = assemble(load_recipe("student.yaml"), train)
     vit = MaskedViT(setup.method.release())
@@ -77,7 +77,7 @@ def test_a_wrapped_student_is_refused(recipes):
 
 def test_it_learns(recipes):
     options = [
-        "--data.limit=1438", "--data.batch_size=32", "--schedule.epochs=12", "--optim.lr=4e-3",
+        "--data.limit=1438", "--data.batch_size=32", "--schedule.epochs=12", "--run.eval_every=12", "--optim.lr=4e-3",
         "--student.kwargs.embed_dim=24", "--data.image_size=16", "--student.kwargs.patch_size=4",
     ]  # fmt: skip
     result = train(load_recipe("teacher.yaml", options))
@@ -98,9 +98,8 @@ class CrashError(Exception):
 
 
 @pytest.mark.parametrize("crash_at", [2, 6, 7, 11])
-def test_resume_is_exact(recipes, monkeypatch, crash_at):
+def test_resume_is_exact(taught, finished, monkeypatch, crash_at):
     """Crashes in the middle of epochs and right after one; checkpoints every 2 updates, 4 updates an epoch."""
-    train(load_recipe("student.yaml", ["--name=whole"], {"run.save_every": 2}))
     original, crashed = Trainer._update, []
 
     def update(self, batches, meter):
@@ -115,22 +114,22 @@ def test_resume_is_exact(recipes, monkeypatch, crash_at):
         train(recipe)
     torch.rand(7)  # whatever happens to global generators in between
     train(recipe)
-    assert_same_bits(weights("whole"), weights("again"))
+    assert_same_bits(weights("whole", finished), weights("again"))
     # The name takes part in nothing else, so the logged numbers agree too.
-    rows = [Path(f"runs/{name}/metrics.csv").read_text().splitlines() for name in ("whole", "again")]
+    runs = finished / "runs/whole", Path("runs/again")
+    rows = [(run / "metrics.csv").read_text().splitlines() for run in runs]
     tests = [[row for row in table if ",test." in row] for table in rows]
     assert tests[0] == tests[1]
 
 
-def test_resume_after_sigkill(recipes, killed):
+def test_resume_after_sigkill(taught, finished, killed):
     """A process that is killed without warning, wherever it is, is gone on with."""
-    killed("student.yaml", "--schedule.epochs=5")
-    train(load_recipe("student.yaml", ["--name=killed", "--schedule.epochs=5", "--run.save_every=1000"]))
-    train(load_recipe("student.yaml", ["--name=whole", "--schedule.epochs=5"]))
-    assert_same_bits(weights("whole"), weights("killed"))
+    killed("student.yaml")
+    train(load_recipe("student.yaml", ["--name=killed", "--run.save_every=1000"]))
+    assert_same_bits(weights("whole", finished), weights("killed"))
 
 
-def test_interrupt_saves_and_goes_on(recipes, monkeypatch):
+def test_interrupt_saves_and_goes_on(taught, finished, monkeypatch):
     original = Trainer._update
 
     def update(self, batches, meter):
@@ -145,16 +144,14 @@ def test_interrupt_saves_and_goes_on(recipes, monkeypatch):
         with pytest.raises(RunInterrupted, match="stopped at update 6 of 12"):
             train(recipe)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert (recipes / "runs/stopped/checkpoints/step_00000006").is_dir()
+    assert (taught / "runs/stopped/checkpoints/step_00000006").is_dir()
     train(recipe)
-    train(load_recipe("student.yaml", ["--name=whole"]))
-    assert_same_bits(weights("whole"), weights("stopped"))
+    assert_same_bits(weights("whole", finished), weights("stopped"))
 
 
-def test_damaged_newest_checkpoint_is_said_and_the_older_one_used(recipes, monkeypatch, capsys):
-    train(load_recipe("student.yaml", ["--name=whole"]))
+def test_damaged_newest_checkpoint_is_said_and_the_older_one_used(taught, finished, monkeypatch, capsys):
     train(load_recipe("student.yaml", ["--name=again"]))
-    again = recipes / "runs/again"
+    again = taught / "runs/again"
     (again / "result.json").unlink()
     newest = sorted((again / "checkpoints").iterdir())[-1]
     file = newest / "optimizer.safetensors"
@@ -164,7 +161,7 @@ def test_damaged_newest_checkpoint_is_said_and_the_older_one_used(recipes, monke
     said = capsys.readouterr().out
     assert "warning: the checkpoint" in said
     assert "going on at update 8" in said
-    assert_same_bits(weights("whole"), weights("again"))
+    assert_same_bits(weights("whole", finished), weights("again"))
 
 
 def test_other_seed_in_the_same_folder_is_refused_and_changes_nothing(recipes):
@@ -178,7 +175,7 @@ def test_other_seed_in_the_same_folder_is_refused_and_changes_nothing(recipes):
         train(load_recipe("teacher.yaml", ["--run.resume=never"]))
 
 
-def test_other_teacher_weights_are_another_run(recipes):
+def test_other_teacher_weights_are_another_run(taught):
     train(load_recipe("student.yaml"))
     train(load_recipe("teacher.yaml", ["--seed=3", "--name=teacher3"]))
     with pytest.raises(UserError, match=r"teacher\.weights"):
@@ -217,12 +214,12 @@ def test_bf16_and_tensorboard(recipes):
     assert next(iter(weights("teacher").values())).dtype == torch.float32
 
 
-def test_pipelined_by_recipe(recipes):
+def test_pipelined_by_recipe(taught):
     """Parts of a batch of 8, two batches to an update, mixed labels; the last weights differ by rounding alone."""
     options = ["--student.kwargs.drop_path_rate=0", "--student.kwargs.proj_drop_rate=0", "--schedule.epochs=1"]
     train(load_recipe("student.yaml", ["--name=whole", *options]))
     train(load_recipe("student.yaml", ["--name=parts", "--method.init_args.micro_batches=3", *options]))
-    whole, parts = (load_file(recipes / f"runs/{name}/model.safetensors") for name in ("whole", "parts"))
+    whole, parts = (load_file(taught / f"runs/{name}/model.safetensors") for name in ("whole", "parts"))
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
 
 

@@ -60,7 +60,7 @@ def assert_tests_as_it_was_saved(run: str, capsys: pytest.CaptureFixture[str]) -
     assert float(re.search(r"loss (\S+)", said)[1]) == pytest.approx(result["loss"], abs=2e-4)
 
 
-def test_a_run_is_fine_tuned(recipes, capsys):
+def test_a_run_is_fine_tuned(taught, capsys):
     train(load_recipe("teacher.yaml"))
     before = weights("teacher")
     assert main(["finetune", "runs/teacher", *SHORT]) == 0
@@ -170,7 +170,7 @@ def test_the_page_tells_the_defaults(command):
         assert said == str(value).lower() or float(said) == value, key
 
 
-def test_a_file_of_keys_wins_over_the_defaults_and_options_over_both(recipes):
+def test_a_file_of_keys_wins_over_the_defaults_and_options_over_both(taught):
     train(load_recipe("teacher.yaml"))
     Path("mine.yaml").write_text("optim: {lr: 0.5, layer_decay: 0.6}\nschedule: {warmup_epochs: 1}\n")
     recipe = tuning_recipe("finetune", "runs/teacher", ["--config=mine.yaml", "--optim.lr=0.25"])
@@ -202,7 +202,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("command", ["finetune", "probe"])
-def test_mistakes_are_one_sentence(recipes, capsys, command):
+def test_mistakes_are_one_sentence(taught, capsys, command):
     train(load_recipe("teacher.yaml"))
     Path("runs/begun").mkdir()
     Path("runs/begun/recipe.json").write_text(Path("runs/teacher/recipe.json").read_text())

@@ -27,7 +27,7 @@ def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return 100 * (logits.argmax(1) == labels).double().mean().item()
 
 
-def test_numbers_by_hand(recipes, capsys):
+def test_numbers_by_hand(taught, capsys):
     runs = [trained(f"k{k}", f"--method.init_args.keep_ratio={k}") for k in (0.25, 0.5, 1.0)]
     runs.append(trained("random", "--method.init_args.strategy=random"))
     student = Path("student.yaml").read_text().splitlines()
@@ -94,7 +94,7 @@ DIFFERENT = {
 }
 
 
-def test_runs_that_cannot_be_compared(recipes, capsys):
+def test_runs_that_cannot_be_compared(taught, capsys):
     one = trained("one")
     for number, (said, options) in enumerate(DIFFERENT.items()):
         other = trained(f"other{number}", *options)

@@ -22,7 +22,7 @@ def panels(run: str) -> dict[str, dict[str, torch.Tensor]]:
     return {path.name: load_file(path) for path in Path("runs", run, "panels").iterdir()}
 
 
-def test_panels_are_what_the_method_showed_at_that_epoch(recipes):
+def test_panels_are_what_the_method_showed_at_that_epoch(taught):
     recipe = load_recipe("student.yaml", ["--run.keep=9"])
     train(recipe)
     snapshots = read_snapshots(RunDir(Path("runs/student")))
@@ -46,7 +46,7 @@ def test_panels_are_what_the_method_showed_at_that_epoch(recipes):
     assert not torch.equal(snapshots[0].panels[1].image, snapshots[-1].panels[1].image)
 
 
-def test_they_change_nothing_and_survive_a_crash(recipes, monkeypatch):
+def test_they_change_nothing_and_survive_a_crash(taught, monkeypatch):
     train(load_recipe("student.yaml", ["--name=without", "--run.panels=0"]))
     assert not Path("runs/without/panels").exists()
     train(load_recipe("student.yaml", ["--name=whole"]))
@@ -93,7 +93,7 @@ def test_the_figure_has_a_row_per_picture_and_panel_and_a_column_per_epoch():
     assert (drawn[:, 2:] > 0.6).all()
 
 
-def test_command(recipes, capsys):
+def test_command(taught, capsys):
     assert main(["train", "student.yaml", "--schedule.epochs=1"]) == 0
     assert main(["show", "runs/student", "--over-training", "--count=2"]) == 0
     assert Path("over_training.png").read_bytes().startswith(b"\x89PNG")
@@ -103,7 +103,7 @@ def test_command(recipes, capsys):
 
     assert main(["show", "runs/teacher", "--over-training"]) == 2
     assert "has no panels: its method shows nothing but the input" in capsys.readouterr().err
-    (recipes / "runs/student/panels/epoch_000001.safetensors").write_bytes(b"cut")
+    (taught / "runs/student/panels/epoch_000001.safetensors").write_bytes(b"cut")
     assert main(["show", "runs/student", "--over-training"]) == 2
     assert "epoch_000001.safetensors are cut off or damaged" in capsys.readouterr().err
     assert Path("over_training.png").read_bytes() == before

@@ -52,7 +52,7 @@ def test_tolerance_has_two_sides():
     assert not Tolerance(0.9, 0.29).allows(drift)
 
 
-def test_drift_by_hand(recipes):
+def test_drift_by_hand(taught):
     setup = assemble(load_recipe("student.yaml"), train)
     assert choose_guide(setup, "auto") == "saliency of the teacher itself"
     images = pictures(setup, 48, torch.device("cpu"))
@@ -72,7 +72,7 @@ def test_drift_by_hand(recipes):
     assert meter(16) == Drift(16, 1.0, 0.0, 0.0, 0.0)
 
 
-def test_pictures_are_the_training_pictures_without_augmentation(recipes):
+def test_pictures_are_the_training_pictures_without_augmentation(taught):
     setup = assemble(load_recipe("student.yaml"), train)
     batch = torch.cat(pictures(setup, 30, torch.device("cpu")))
     assert torch.equal(batch, torch.cat(pictures(setup, 30, torch.device("cpu"))))
@@ -83,7 +83,7 @@ def test_pictures_are_the_training_pictures_without_augmentation(recipes):
     assert all(row.numpy().tobytes() in known for row in plain)
 
 
-def test_command_on_a_recipe_and_on_a_run(recipes, capsys):
+def test_command_on_a_recipe_and_on_a_run(taught, capsys):
     assert main(["suggest-keep", "student.yaml", "--schedule.epochs=1", "--pictures=40", "--agreement=0.8"]) == 0
     said = capsys.readouterr().out
     assert "patches ranked by: saliency of the teacher itself" in said
@@ -116,12 +116,12 @@ def test_command_on_a_recipe_and_on_a_run(recipes, capsys):
         (["."], "no recipe.json"),
     ],
 )
-def test_mistakes(recipes, capsys, arguments, said):
+def test_mistakes(taught, capsys, arguments, said):
     assert main(["suggest-keep", *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_bases_and_strategies_are_recipe_keys(recipes, capsys):
+def test_bases_and_strategies_are_recipe_keys(taught, capsys):
     base = "{class_path: fastmkd.methods.bases.Manifold, init_args: {samples: 32}}"
     text = Path("student.yaml").read_text().replace("name: student", "name: manifold")
     text = text.replace("{keep_ratio: 0.5}", f"{{keep_ratio: 0.5, base: {base}, strategy: middle}}")
