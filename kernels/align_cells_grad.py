@@ -22,6 +22,7 @@ __all__ = ["AOT_CASES", "align_cells_grad"]
 
 FULL_GRID = 256  # programs below which the sum over cells is cut
 LEAST_ROWS = 256  # cells of a split
+WEIGHT_WARPS = 8  # with fewer the addresses of unaligned cells leave the registers
 
 
 @triton.jit
@@ -165,7 +166,7 @@ def align_cells_grad(
             **constants,
             **tile_options(kind, config),
         )
-        config = choose_config(level.dtype, dim, depth)
+        config = choose_config(level.dtype, dim, depth)._replace(num_warps=WEIGHT_WARPS)
         row_blocks = triton.cdiv(dim, config.block_m)
         blocks = row_blocks * triton.cdiv(depth, config.block_n)
         splits = max(1, min(FULL_GRID // blocks, num_rows // LEAST_ROWS))
@@ -199,7 +200,7 @@ def _case(
         f"align_cells_grad-{of}{'' if masked else '-bare'}",
         _weight_kernel if is_weight else _level_kernel,
         dtype,
-        CONFIGS[kind][size],
+        CONFIGS[kind][size]._replace(num_warps=WEIGHT_WARPS) if is_weight else CONFIGS[kind][size],
         ("grad_ptr", "level_ptr") if is_weight else ("grad_ptr", "weight_ptr", "out_ptr"),
         (*ints, "split_rows", "num_row_blocks") if is_weight else ints,
         {**hidden, **({"out_ptr": "*fp32"} if is_weight else {})},

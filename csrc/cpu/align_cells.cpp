@@ -87,6 +87,7 @@ ScalarType product_type(const Tensor& level) {
   return level.scalar_type() == ScalarType::BFloat16 && multiplies_bf16() ? ScalarType::BFloat16 : ScalarType::Float;
 }
 
+// May be a view of the tensor.
 Tensor as_product_type(const Tensor& tensor, const Inputs& in, int64_t rows, int64_t columns) {
   if (product_type(tensor) == tensor.scalar_type()) return matrix_view(tensor, rows, columns, false);
   return widened(tensor, in.cells.dtype, {rows, columns});
@@ -174,7 +175,7 @@ std::tuple<Tensor, Tensor> align_cells_grad(const Tensor& level, const Tensor& w
   Tensor d_level = torch::stable::empty_like(level);
   Tensor d_weight = empty_beside(weight, {in.dim, in.row_size()}, weight.scalar_type());
   Tensor rows = empty_beside(level, {in.visible, in.row_size()}, type);
-  const Tensor pull = as_product_type(visible_rows(in, grad), in, in.visible, in.dim);
+  const Tensor owner = visible_rows(in, grad), pull = as_product_type(owner, in, in.visible, in.dim);
   const bool widens = type != level.scalar_type();
 
   move_lines(kernels().gather_cells, in, rows);

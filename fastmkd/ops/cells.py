@@ -27,9 +27,10 @@ def cells(level: Tensor, patch: int) -> Tensor:
         tensor([[[0., 1., 4., 5.],
                  [2., 3., 6., 7.]]])
     """
+    batch, channels, height, width = level.shape
     x = level.permute(0, 2, 3, 1)  # (B, h, w, C)
     x = x.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3)  # (B, gh, gw, p, p, C)
-    return x.reshape(len(level), -1, patch * patch * level.shape[1])
+    return x.reshape(batch, height * width // patch**2, patch**2 * channels)
 
 
 def level_of(rows: Tensor, like: Tensor, patch: int) -> Tensor:
