@@ -96,20 +96,6 @@ def test_hidden_cells_take_no_part(ops):
         assert torch.equal(one, other)
 
 
-def test_results_do_not_depend_on_the_thread_count(ops):
-    level, weight, bias, visible, mask_token, positions, grad = inputs(3, 96, 5, 8, 4, 64)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            out = ops.align_cells(level, weight, bias, visible, mask_token, positions, 4)
-            results.append((out, *ops.align_cells_grad(level, weight, visible, grad, 4)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
-
-
 def test_of_hidden_cells_nothing_is_written(ops):
     """Beside the result, rows of the visible cells: with one cell in a hundred visible next to nothing."""
     level, weight, bias, _, mask_token, positions, _ = inputs(2, 64, 10, 10, 4, 16)
