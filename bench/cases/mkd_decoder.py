@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastmkd import random_mask
 from fastmkd.methods.mkd_decoder import AdaptiveDecoder
 from fastmkd.methods.mkd_losses import Relation, level_errors
-from fastmkd.ops import align_cells
+from fastmkd.ops.align_cells import align_cells
 from fastmkd.ops.cells import cells
 
 from ..op_entries import compile_variant

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..ops import align_cells
+from ..ops.align_cells import align_cells
 
 __all__ = ["AdaptiveDecoder", "fold_pointwise", "resample", "resample_map"]
 
