@@ -70,7 +70,7 @@ stage tests 150 "$OUT/tests.log" "$PYTHON" -m pytest -m gpu --continue-on-collec
   --junitxml="$OUT/junit.xml" tests
 stage bench $(($(left) - 70)) "$OUT/bench.log" "$PYTHON" -m fastmkd.bench 'cls_saliency' 'patch_embed' 'select_tokens' \
   'op.*' 'masked_conv3x3' 'masked_depthwise' 'masked_resnet' 'maskedkd_step' 'masked_teacher' \
-  'dpk_step' 'cka' 'dmae_step' 'dmae_teacher' 'masked_autoencoder' 'mkd_decoder' 'mkd_step' --device cuda --quick --out "$OUT/records.jsonl"
+  'dpk_step' 'cka' 'dmae_step' 'dmae_teacher' 'masked_autoencoder' 'mkd_decoder' 'align_cells' 'mkd_step' --device cuda --quick --out "$OUT/records.jsonl"
 
 if command -v compute-sanitizer >/dev/null; then
   stage memcheck 45 "$OUT/sanitizer.log" compute-sanitizer --tool memcheck --error-exitcode 9 \

@@ -3,6 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastmkd_native, m) {
+  m.def(
+      "align_cells(Tensor level, Tensor weight, Tensor? bias, Tensor? visible, Tensor? mask_token, Tensor positions, "
+      "int patch) -> Tensor");
+  m.def("align_cells_grad(Tensor level, Tensor weight, Tensor? visible, Tensor grad, int patch) -> (Tensor, Tensor)");
   m.def("centred_gram(Tensor[] features) -> Tensor");
   m.def("cls_saliency(Tensor q, Tensor k, int num_prefix_tokens, float scale, bool include_prefix) -> Tensor");
   m.def(

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from fastmkd import random_mask
 from fastmkd.methods.mkd_decoder import AdaptiveDecoder
 from fastmkd.methods.mkd_losses import Relation, recover, relation_loss
+from fastmkd.ops.align_cells import align_cells
+from fastmkd.ops.cells import cells
 
 from ..op_entries import compile_variant
 from ..registry import Answer, Case, Setting, Variant, benchmark
 
-__all__ = ["eager_losses", "eager_tokens"]
+__all__ = ["eager_losses", "eager_tokens", "three_passes"]
 
 CHANNELS, GRID = 256, 16
 SIDES = (64, 32, 16, 8, 4)  # of P3 to P7
@@ -29,6 +31,7 @@ WEIGHT, GLOBAL_WEIGHT = 3.0, 3e-6
 # Means over thousands of numbers, so how far rounding takes plain PyTorch's is a matter of luck.
 FLOORS = {"fp32": 1e-5, "bf16": 2e-2}
 PARTS = ("tokens", "losses", "decoders and losses")
+DIRECTIONS = ("forward", "forward and backward")
 
 Terms = tuple[Tensor, Tensor]  # L_feat and L_global, sums over levels
 
@@ -95,6 +98,24 @@ def our_levels(heads: nn.ModuleDict, rows: list[Tensor], teacher: list[Tensor]) 
     ]
     feat = torch.stack([one.error for one in recovered]).sum()
     return feat, relation_loss(list(heads["relations"]), recovered, [t.shape[2] * t.shape[3] for t in teacher])
+
+
+def three_passes(
+    level: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, mask_token: Tensor, patch: int, visible: Tensor
+) -> Tensor:
+    """What `fastmkd.ops.align_cells` does, written plainly: a product of all cells, a choice, an addition.
+
+    Args:
+        level: ``(B, C, h, w)``.
+        weight: ``(D, p * p * C)``.
+        bias: ``(D,)``.
+        positions: ``(gh * gw, D)``.
+        mask_token: ``(D,)``.
+        patch: p.
+        visible: ``(B, gh * gw)`` bool.
+    """
+    tokens = F.linear(cells(level, patch), weight, bias)
+    return torch.where(visible[..., None], tokens, mask_token) + positions
 
 
 class Way:
@@ -197,4 +218,61 @@ def mkd_decoder(setting: Setting, part: str) -> Case:
         items=batch,
         min_rounds=5,
         params={"batch": batch, "levels": list(SIDES), "channels": CHANNELS, "part": part},
+    )
+
+
+def _alignments(setting: Setting) -> list[dict[str, Any]]:
+    sides, hidden = (SIDES[:1], (10,)) if setting.quick else (SIDES[:3], (10, 50))
+    return [{"side": s, "hidden": h, "direction": d} for s in sides for h in hidden for d in DIRECTIONS]
+
+
+@benchmark(
+    "align_cells",
+    summary="one level's cells as tokens with mask token and positions, against three passes",
+    grid=_alignments,
+)
+def align_cells_alone(setting: Setting, side: int, hidden: int, direction: str) -> Case:
+    """A level of 256 channels, 16 x 16 tokens of width 256, everything in the setting's dtype."""
+    batch, patch, backward = 16 if setting.on_gpu else 4, side // GRID, direction != "forward"
+    generator = torch.Generator().manual_seed(7)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(setting.device, setting.torch_dtype)  # noqa: E731
+    depth = patch**2 * CHANNELS
+    leaves = [
+        draw(batch, CHANNELS, side, side), draw(CHANNELS, depth) * depth**-0.5, draw(CHANNELS),
+        draw(GRID**2, CHANNELS), draw(CHANNELS),
+    ]  # fmt: skip
+    visible = random_mask(batch, (GRID, GRID), hidden / 100, generator=generator).to(setting.device).flatten(1)
+
+    def ours(level: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, mask_token: Tensor) -> Tensor:
+        return align_cells(level, weight, bias, positions, patch, visible, mask_token)
+
+    def plain(*tensors: Tensor) -> Tensor:
+        return three_passes(*tensors, patch, visible)
+
+    def bind(function: Callable[..., Tensor], tensors: list[Tensor]) -> Callable[[], Any]:
+        own = [x.detach().requires_grad_(backward) for x in tensors]
+
+        def run() -> Any:
+            out = function(*own)
+            return (out, *torch.autograd.grad(out, own, out.detach())) if backward else out
+
+        return run
+
+    seen = int(visible.sum())  # cells
+    answer = Answer(
+        bind(plain, [x.double() for x in leaves]),
+        flops=(6.0 if backward else 2.0) * seen * leaves[1].numel(),
+    )
+    variants = [Variant("eager", bind(plain, leaves), answer, plain=True)]
+    if not setting.quick:
+        variants.append(compile_variant("eager, compiled", plain, answer, lambda fast: bind(fast, leaves)))
+    variants.append(Variant("fastmkd", bind(ours, leaves), answer))
+    return Case(
+        label=f"{side} x {side}, {hidden} % hidden",
+        panel=f"{direction}, batch {batch}",
+        variants=variants,
+        baseline="eager",
+        items=batch,
+        device_time=not backward,
+        params={"batch": batch, "side": side, "patch": patch, "hidden": hidden, "direction": direction},
     )

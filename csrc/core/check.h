@@ -33,6 +33,11 @@ struct UnshuffleShape {
   int64_t batch, prefix, patches, kept, width;
 };
 
+struct CellShape {
+  int64_t batch, channels, grid_h, grid_w, patch;
+  int64_t hidden;  // of ten cells
+};
+
 struct PatchLossShape {
   int64_t batch, channels, grid_h, grid_w, patch_h, patch_w, hidden;
 };
@@ -72,6 +77,9 @@ Outcome prefill(const Kernels& kernels);
 Outcome stitch_tokens(const Kernels& kernels, DType dtype, const StitchShape& shape);
 
 Outcome unshuffle_tokens(const Kernels& kernels, DType dtype, DType out_dtype, const UnshuffleShape& shape);
+
+// From the map to rows of both types, and back.
+Outcome cell_rows(const Kernels& kernels, DType dtype, const CellShape& shape, bool channels_last);
 
 // Sums, statistics and the gradient.
 Outcome masked_patch_loss(const Kernels& kernels, DType dtype, DType image_dtype, const PatchLossShape& shape,

@@ -94,6 +94,17 @@ struct PatchLossArgs {
   void* out;     // like prediction, the gradient
 };
 
+// Cells of a map as rows, and rows as a map whose hidden cells are zeros.
+struct CellArgs {
+  DType dtype;         // of the map: f32, bf16 or f16
+  void* map;           // (batch, channels, grid_h * patch, grid_w * patch); gather_cells only reads it
+  bool channels_last;  // its memory is (batch, height, width, channels)
+  int64_t channels, grid_h, grid_w, patch;
+  const int64_t* slots;  // (batch, grid_h, grid_w), the row of a cell or -1 where it is hidden
+  DType row_dtype;       // f32, or that of the map
+  void* rows;            // (visible cells, patch, patch, channels); scatter_cells only reads it
+};
+
 // What a spatial recovery module predicts against the teacher's map, both normalised over the channels of a position.
 // Rows of floats are `padded` long, zeros behind the channels; index 0 of a pair is the student, 1 the teacher.
 struct RecoveredArgs {
@@ -257,6 +268,9 @@ struct Kernels {
   void (*stitch_tokens)(const StitchArgs& args, int64_t begin, int64_t end);
   // Rows of the result [begin, end).
   void (*unshuffle_tokens)(const UnshuffleArgs& args, int64_t begin, int64_t end);
+  // Lines [begin, end) of all images: the map's visible cells into the rows, and the rows into the map.
+  void (*gather_cells)(const CellArgs& args, int64_t begin, int64_t end);
+  void (*scatter_cells)(const CellArgs& args, int64_t begin, int64_t end);
   // Rows [begin, end): the sums and statistics of the loss, and the gradient.
   void (*masked_patch_loss)(const PatchLossArgs& args, int64_t begin, int64_t end, float* scratch);
   void (*masked_patch_loss_grad)(const PatchLossArgs& args, int64_t begin, int64_t end, float* scratch);
@@ -298,6 +312,8 @@ struct Kernels {
   void narrow(DType to, const float* in, void* out, int64_t begin, int64_t end);                              \
   void stitch_tokens(const StitchArgs& args, int64_t begin, int64_t end);                                     \
   void unshuffle_tokens(const UnshuffleArgs& args, int64_t begin, int64_t end);                               \
+  void gather_cells(const CellArgs& args, int64_t begin, int64_t end);                                        \
+  void scatter_cells(const CellArgs& args, int64_t begin, int64_t end);                                       \
   void masked_patch_loss(const PatchLossArgs& args, int64_t begin, int64_t end, float* scratch);              \
   void masked_patch_loss_grad(const PatchLossArgs& args, int64_t begin, int64_t end, float* scratch);         \
   void recovered_loss(const RecoveredArgs& args, int64_t begin, int64_t end, float* scratch);                 \
@@ -320,19 +336,20 @@ struct Kernels {
   void packed_attention(const PackedAttentionArgs& args, int64_t begin, int64_t end, float* scratch);         \
   }
 
-#define FASTMKD_KERNEL_TABLE(isa)                                                                                    \
-  ::fastmkd::Kernels {                                                                                               \
-    ::fastmkd::isa::cls_logits, ::fastmkd::isa::cls_softmax, ::fastmkd::isa::select_tokens,                          \
-        ::fastmkd::isa::gather_patches, ::fastmkd::isa::prefill, ::fastmkd::isa::widen, ::fastmkd::isa::narrow,      \
-        ::fastmkd::isa::stitch_tokens, ::fastmkd::isa::unshuffle_tokens, ::fastmkd::isa::masked_patch_loss,          \
-        ::fastmkd::isa::masked_patch_loss_grad, ::fastmkd::isa::recovered_loss, ::fastmkd::isa::recovered_loss_grad, \
-        ::fastmkd::isa::tap_table, ::fastmkd::isa::masked_conv2d_plan, ::fastmkd::isa::masked_conv2d,                \
-        ::fastmkd::isa::masked_conv2d_weight_plan, ::fastmkd::isa::masked_conv2d_weight,                             \
-        ::fastmkd::isa::masked_conv2d_weight_reduce, ::fastmkd::isa::masked_depthwise_plan,                          \
-        ::fastmkd::isa::masked_depthwise, ::fastmkd::isa::masked_depthwise_weight_plan,                              \
-        ::fastmkd::isa::masked_depthwise_weight, ::fastmkd::isa::masked_depthwise_weight_reduce,                     \
-        ::fastmkd::isa::centred_gram_plan, ::fastmkd::isa::centred_gram, ::fastmkd::isa::centred_gram_reduce,        \
-        ::fastmkd::isa::packed_attention_plan, ::fastmkd::isa::packed_attention                                      \
+#define FASTMKD_KERNEL_TABLE(isa)                                                                                     \
+  ::fastmkd::Kernels {                                                                                                \
+    ::fastmkd::isa::cls_logits, ::fastmkd::isa::cls_softmax, ::fastmkd::isa::select_tokens,                           \
+        ::fastmkd::isa::gather_patches, ::fastmkd::isa::prefill, ::fastmkd::isa::widen, ::fastmkd::isa::narrow,       \
+        ::fastmkd::isa::stitch_tokens, ::fastmkd::isa::unshuffle_tokens, ::fastmkd::isa::gather_cells,                \
+        ::fastmkd::isa::scatter_cells, ::fastmkd::isa::masked_patch_loss, ::fastmkd::isa::masked_patch_loss_grad,     \
+        ::fastmkd::isa::recovered_loss, ::fastmkd::isa::recovered_loss_grad, ::fastmkd::isa::tap_table,               \
+        ::fastmkd::isa::masked_conv2d_plan, ::fastmkd::isa::masked_conv2d, ::fastmkd::isa::masked_conv2d_weight_plan, \
+        ::fastmkd::isa::masked_conv2d_weight, ::fastmkd::isa::masked_conv2d_weight_reduce,                            \
+        ::fastmkd::isa::masked_depthwise_plan, ::fastmkd::isa::masked_depthwise,                                      \
+        ::fastmkd::isa::masked_depthwise_weight_plan, ::fastmkd::isa::masked_depthwise_weight,                        \
+        ::fastmkd::isa::masked_depthwise_weight_reduce, ::fastmkd::isa::centred_gram_plan,                            \
+        ::fastmkd::isa::centred_gram, ::fastmkd::isa::centred_gram_reduce, ::fastmkd::isa::packed_attention_plan,     \
+        ::fastmkd::isa::packed_attention                                                                              \
   }
 
 }  // namespace fastmkd

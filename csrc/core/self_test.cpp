@@ -30,6 +30,7 @@ std::vector<SelfTestResult> self_test() {
         record(isa, "masked_patch_loss", check::masked_patch_loss(table, dtype, other, {2, 3, 3, 2, 6, 7, 4}, true));
         record(isa, "recovered_loss", check::recovered_loss(table, dtype, other, {2, 37, 2, 3, 3}, dtype == other));
       }
+      record(isa, "cell_rows", check::cell_rows(table, dtype, {2, 37, 2, 5, 3, 3}, false));
       record(isa, "gather_patches", check::gather_patches(table, dtype, {2, 3, 24, 30, 6, 5, 4}));
     }
     for (const check::ConvShape& shape :

@@ -1,64 +1,15 @@
 // fastmkd_native::patch_embed on the CPU: gather the kept pixels, start the output at bias + position, one product.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <algorithm>
-#include <array>
-#include <cstdlib>
 #include <optional>
-#include <string_view>
 
 #include "checks.h"
 #include "core/dispatch.h"
 #include "cpu/dtypes.h"
 #include "cpu/numbers.h"
+#include "cpu/products.h"
 
 namespace fastmkd {
 namespace {
-
-// Elements below which a second thread costs more than it brings.
-constexpr int64_t kGrain = 16384;
-
-Tensor empty_like_images(const Tensor& images, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::empty(shape, dtype, std::nullopt, images.device());
-}
-
-// (rows, columns) view of dense memory, transposed on request; it carries no gradient, whatever its owner does.
-Tensor matrix_view(const Tensor& owner, int64_t rows, int64_t columns, bool transposed) {
-  const std::array<int64_t, 2> sizes{rows, columns};
-  const std::array<int64_t, 2> strides =
-      transposed ? std::array<int64_t, 2>{1, rows} : std::array<int64_t, 2>{columns, 1};
-  return torch::stable::from_blob(owner.data_ptr(), sizes, strides, owner.device(), owner.scalar_type());
-}
-
-// Whether bf16 is multiplied as bf16. Processors without bf16 instructions emulate them at a quarter of the float32
-// rate, so there the operands are widened first. FASTMKD_BF16_MATMUL=native or float32 overrides.
-bool multiplies_bf16() {
-  static const std::string_view wanted = [] {
-    const char* value = std::getenv("FASTMKD_BF16_MATMUL");
-    return std::string_view(value == nullptr ? "" : value);
-  }();
-  if (wanted == "native") return true;
-  if (wanted == "float32") return false;
-  return active_isa() == Isa::avx512_bf16;
-}
-
-Tensor widened(const Tensor& tensor, DType dtype, std::initializer_list<int64_t> shape) {
-  Tensor wide = empty_like_images(tensor, shape, ScalarType::Float);
-  const void* from = tensor.const_data_ptr();
-  float* to = wide.mutable_data_ptr<float>();
-  torch::stable::parallel_for(0, tensor.numel(), kGrain, [&, table = &kernels()](int64_t begin, int64_t end) {
-    table->widen(dtype, from, to, begin, end);
-  });
-  return wide;
-}
-
-void narrow_into(const Tensor& wide, DType dtype, Tensor& out) {
-  const float* from = wide.const_data_ptr<float>();
-  void* to = out.mutable_data_ptr();
-  torch::stable::parallel_for(0, wide.numel(), kGrain, [&, table = &kernels()](int64_t begin, int64_t end) {
-    table->narrow(dtype, from, to, begin, end);
-  });
-}
 
 struct Inputs {
   PatchArgs patches;
@@ -131,7 +82,7 @@ Inputs check(const Tensor& images, const Tensor& weight, const std::optional<Ten
 }
 
 Tensor gather_rows(Inputs& in, const Tensor& images, ScalarType dtype) {
-  Tensor rows = empty_like_images(images, {in.rows(), in.row_size()}, dtype);
+  Tensor rows = empty_beside(images, {in.rows(), in.row_size()}, dtype);
   in.patches.row_dtype = core_dtype(rows, "rows");
   in.patches.rows = rows.mutable_data_ptr();
   torch::stable::parallel_for(
@@ -148,12 +99,9 @@ void prefill(Inputs& in, Tensor& out) {
       [&, table = &kernels()](int64_t begin, int64_t end) { table->prefill(in.epilogue, begin, end); });
 }
 
-// out = beta * out + rows @ weight^T, in the dtype of all three.
 void multiply(const Tensor& rows, const Tensor& weight, Tensor& out, const Inputs& in) {
-  const Tensor start = matrix_view(out, in.rows(), in.dim, false);
   const Tensor right = matrix_view(weight, in.row_size(), in.dim, true);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(start.get(), start.get(), rows.get(), right.get(),
-                                                         in.starts_from_zero() ? 0.0 : 1.0, 1.0));
+  add_product(matrix_view(out, in.rows(), in.dim, false), rows, right, in.starts_from_zero() ? 0.0 : 1.0);
 }
 
 Tensor patch_embed(const Tensor& images, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -162,7 +110,7 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const std::option
   const DType dtype = in.patches.dtype;
   const bool is_low = dtype == DType::bf16 || dtype == DType::f16;
   const ScalarType out_type = is_low && in.epilogue.pos != nullptr ? pos->scalar_type() : images.scalar_type();
-  Tensor out = empty_like_images(images, {in.batch, in.patches.kept, in.dim}, out_type);
+  Tensor out = empty_beside(images, {in.batch, in.patches.kept, in.dim}, out_type);
   if (in.rows() == 0) return out;
 
   if (!is_low) {
@@ -173,7 +121,7 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const std::option
   const bool out_is_float = out_type == ScalarType::Float;
   if (dtype == DType::bf16 && !out_is_float && multiplies_bf16()) {
     if (!in.starts_from_zero()) {
-      Tensor start = empty_like_images(images, {in.rows(), in.dim}, ScalarType::Float);
+      Tensor start = empty_beside(images, {in.rows(), in.dim}, ScalarType::Float);
       prefill(in, start);
       narrow_into(start, dtype, out);
     }
@@ -181,7 +129,7 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const std::option
     return out;
   }
   // Widened: everything is summed in float32 and rounded once, at the end.
-  Tensor sum = out_is_float ? out : empty_like_images(images, {in.rows(), in.dim}, ScalarType::Float);
+  Tensor sum = out_is_float ? out : empty_beside(images, {in.rows(), in.dim}, ScalarType::Float);
   if (!in.starts_from_zero()) prefill(in, sum);
   const Tensor wide_weight = widened(weight, dtype, {in.dim, in.row_size()});
   multiply(gather_rows(in, images, ScalarType::Float), wide_weight, sum, in);

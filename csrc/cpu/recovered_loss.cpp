@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "core/dispatch.h"
 #include "cpu/dtypes.h"
+#include "cpu/layout.h"
 #include "cpu/scratch.h"
 
 namespace fastmkd {
@@ -20,15 +21,6 @@ constexpr int64_t kGrain = 16384;
 size_t as_size(int64_t n) { return static_cast<size_t>(n); }
 
 int64_t units_of(const RecoveredArgs& args) { return args.batch * args.grid_h; }
-
-bool is_channels_last(const Tensor& map) {
-  int64_t stride = 1;
-  for (const int64_t dim : {1, 3, 2, 0}) {
-    if (map.size(dim) > 1 && map.stride(dim) != stride) return false;
-    stride *= map.size(dim);
-  }
-  return true;
-}
 
 void require_small(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());

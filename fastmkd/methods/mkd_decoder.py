@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-__all__ = ["AdaptiveDecoder", "cells", "fold_pointwise", "resample", "resample_map"]
+from ..ops.align_cells import align_cells
+
+__all__ = ["AdaptiveDecoder", "fold_pointwise", "resample", "resample_map"]
 
 Size = tuple[int, int]
 POSITIONS = 28  # side of the table of positions
@@ -29,7 +31,7 @@ class AdaptiveDecoder(nn.Module):
     positions; where a token is less than a position, to C_T, and the tokens of a position are averaged.
 
     The paper is silent on the kernel of SAM's convolution; p x p, the least that sees all positions, is taken. Nothing
-    lies between phi and SAM, so they run as one (`fold_pointwise`), a matrix product of `cells`.
+    lies between phi and SAM, so they run as one (`fold_pointwise`), a matrix product of cells.
 
     Args:
         student_channels: C_S.
@@ -107,19 +109,20 @@ class AdaptiveDecoder(nn.Module):
             visible: ``(B, gh, gw)`` bool.
         """
         grid, p = (visible.shape[1], visible.shape[2]), self.patch
-        if level.shape[2:] == (grid[0] * p, grid[1] * p):
+        whole = (grid[0] * p, grid[1] * p)
+        position = resample(self.position, grid, "linear").flatten(0, 1)  # (gh * gw, width)
+        if p == 1 and level.shape[2:] != whole:  # coarser than the tokens
+            tokens = F.interpolate(self.phi(level), grid, mode="nearest").flatten(2).mT
+            if self.mask_token is not None:
+                tokens = torch.where(visible.flatten(1)[:, :, None], tokens, self.mask_token.to(tokens.dtype))
+            return tokens + position.to(tokens.dtype)
+        if level.shape[2:] == whole:
             weight, bias = fold_pointwise(self.phi, self.sam)
-            tokens = F.linear(cells(level, p), weight.flatten(1), bias)  # (B, gh * gw, width)
-        else:
-            aligned = self.phi(level)  # (B, width, h, w)
-            if p > 1:
-                aligned = self.sam(_fill(aligned, (grid[0] * p, grid[1] * p)))
-            else:
-                aligned = F.interpolate(aligned, grid, mode="nearest")
-            tokens = aligned.flatten(2).mT
-        if self.mask_token is not None:
-            tokens = torch.where(visible.flatten(1)[:, :, None], tokens, self.mask_token.to(tokens.dtype))
-        return tokens + resample(self.position, grid, "linear").flatten(0, 1).to(tokens.dtype)
+        else:  # phi makes no zeros of what is filled in, so it comes before
+            level = _fill(self.phi(level), whole)
+            weight, bias = self.sam.weight.movedim(1, 3), self.sam.bias
+        hidden = () if self.mask_token is None else (visible, self.mask_token)
+        return align_cells(level, weight.flatten(1), bias, position, p, *hidden)
 
     def to_map(self, rows: Tensor, grid: Size, size: Size) -> Tensor:
         """Puts a token's positions where they belong.
@@ -174,9 +177,10 @@ def fold_pointwise(pointwise: nn.Conv2d, align: nn.Module) -> tuple[Tensor, Tens
         align: the second, p x p with stride p, a bias and no padding; the identity where p is 1.
 
     Returns:
-        ``(D, p, p, C)``, whose last three match a row of `cells`, and ``(D,)``.
+        ``(D, p, p, C)``, whose last three match a row of `fastmkd.ops.cells.cells`, and ``(D,)``.
 
     Example:
+        >>> from fastmkd.ops.cells import cells
         >>> first, second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 2, stride=2)
         >>> x, (weight, bias) = torch.randn(1, 3, 4, 4), fold_pointwise(first, second)
         >>> tokens = F.linear(cells(x, 2), weight.flatten(1), bias)
@@ -189,26 +193,6 @@ def fold_pointwise(pointwise: nn.Conv2d, align: nn.Module) -> tuple[Tensor, Tens
     assert align.bias is not None
     weight = align.weight.movedim(1, 3) @ pointwise.weight.flatten(1)  # (D, p, p, W) @ (W, C)
     return weight, align.bias + align.weight.sum((2, 3)) @ pointwise.bias
-
-
-def cells(level: Tensor, patch: int) -> Tensor:
-    """``(B, C, h, w) -> (B, gh * gw, p * p * C)``, for each cell its positions row by row.
-
-    As a matrix product of such rows, a convolution whose stride is its kernel's side runs 1.2 to 1.7 times as fast on a
-    CPU, forward and backward.
-
-    Args:
-        level: sides that `patch` divides.
-        patch: p.
-
-    Example:
-        >>> cells(torch.arange(8.0).view(1, 1, 2, 4), 2)
-        tensor([[[0., 1., 4., 5.],
-                 [2., 3., 6., 7.]]])
-    """
-    x = level.permute(0, 2, 3, 1)  # (B, h, w, C)
-    x = x.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3)  # (B, gh, gw, p, p, C)
-    return x.reshape(len(level), -1, patch * patch * level.shape[1])
 
 
 def resample(table: Tensor, size: Size, how: str) -> Tensor:

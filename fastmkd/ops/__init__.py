@@ -1,5 +1,7 @@
 """The ops: one file each, declared through `fastmkd.ops.registry`; importing this package registers them."""
 
+from .align_cells import align_cells
+from .align_cells_grad import align_cells_grad
 from .centred_gram import centred_gram
 from .cls_saliency import cls_saliency
 from .masked_conv2d import masked_conv2d
@@ -18,6 +20,8 @@ from .unshuffle_tokens import unshuffle_tokens
 
 __all__ = [
     "OPS",
+    "align_cells",
+    "align_cells_grad",
     "centred_gram",
     "cls_saliency",
     "get_op",

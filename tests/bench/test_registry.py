@@ -42,7 +42,7 @@ def test_a_full_run_takes_several_large_samples() -> None:
 
 
 def test_written_entries_are_found_and_their_grids_are_not_empty() -> None:
-    expected = ["cka", "cls_saliency", "dmae_step", "dmae_teacher", "dpk_step", "import_time"]
+    expected = ["align_cells", "cka", "cls_saliency", "dmae_step", "dmae_teacher", "dpk_step", "import_time"]
     expected += ["masked_autoencoder", "masked_conv3x3", "masked_depthwise", "masked_resnet"]
     expected += ["masked_teacher", "maskedkd_step", "mkd_decoder", "mkd_memory", "mkd_step"]
     expected += ["packed_attention", "patch_embed", "select_tokens"]

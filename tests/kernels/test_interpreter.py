@@ -19,6 +19,7 @@ AT_LEAST = {
     "test_stitch_numerics": 6,
     "test_mae_numerics": 24,
     "test_recovered_numerics": 6,
+    "test_cell_numerics": 11,
 }
 
 

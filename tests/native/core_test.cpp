@@ -99,6 +99,20 @@ void test_recovered_loss(Isa isa) {
   }
 }
 
+void test_cell_rows(Isa isa) {
+  // One of everything, single positions, lines longer than a vector, sides that no vector divides, whole vectors.
+  for (const check::CellShape& shape : {check::CellShape{1, 1, 1, 1, 1, 0}, check::CellShape{2, 5, 3, 4, 1, 3},
+                                        check::CellShape{2, 37, 2, 9, 3, 5}, check::CellShape{1, 64, 2, 8, 4, 1},
+                                        check::CellShape{2, 17, 3, 2, 5, 8}, check::CellShape{1, 16, 2, 2, 2, 10}}) {
+    for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      for (bool channels_last : {false, true}) {
+        expect(check::cell_rows(kernels(isa), dtype, shape, channels_last),
+               std::string(isa_name(isa)) + " cell_rows of " + std::to_string(shape.channels) + " channels");
+      }
+    }
+  }
+}
+
 void test_kernels(Isa isa) {
   const Kernels& table = kernels(isa);
   const std::string name = std::string(isa_name(isa)) + " ";
@@ -224,6 +238,7 @@ int main() {
   for (Isa isa : available_isas()) test_kernels(isa);
   for (Isa isa : available_isas()) test_centred_gram(isa);
   for (Isa isa : available_isas()) test_recovered_loss(isa);
+  for (Isa isa : available_isas()) test_cell_rows(isa);
   for (Isa isa : available_isas()) test_masked_convolutions(isa);
   for (Isa isa : available_isas()) test_packed_attention(isa);
   for (Isa isa : available_isas()) test_tap_table(isa);

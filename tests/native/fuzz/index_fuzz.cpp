@@ -175,6 +175,16 @@ void fuzz_shapes(const Kernels& kernels, int64_t which, Bytes& bytes) {
     shape.hidden = bytes.number(1, shape.grid_h * shape.grid_w);
     return expect(check::masked_patch_loss(kernels, dtype, dtype, shape, bytes.number(0, 1) == 1), "masked_patch_loss");
   }
+  if (which == 6) {
+    check::CellShape shape{};
+    shape.batch = bytes.number(1, 3);
+    shape.channels = bytes.number(1, 40);
+    shape.grid_h = bytes.number(1, 4);
+    shape.grid_w = bytes.number(1, 9);
+    shape.patch = bytes.number(1, 6);
+    shape.hidden = bytes.number(0, 10);
+    return expect(check::cell_rows(kernels, dtype, shape, bytes.number(0, 1) == 1), "cell_rows");
+  }
   check::ConvShape shape{};
   shape.n_in = bytes.number(1, 60);
   shape.n_out = bytes.number(1, 60);
@@ -194,7 +204,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const std::vector<Isa> isas = available_isas();
   Bytes bytes(data, size);
   const Kernels& table = kernels(isas[as_size(bytes.number(0, static_cast<int64_t>(isas.size()) - 1))]);
-  const int64_t which = bytes.number(0, 6);
+  const int64_t which = bytes.number(0, 7);
   if (which == 0) {
     fuzz_tap_table(table, bytes);
   } else if (which == 1) {
