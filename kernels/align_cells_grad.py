@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .align_cells import aot_case, corners, offsets, ordered_weight, tile_options, visible_first
+from .align_cells import aot_case, choose_tile, corners, offsets, ordered_weight, tile_options, visible_first
 from .launch import AotCase, on_device, product_kind
-from .patch_embed import CONFIGS, choose_config
+from .patch_embed import CONFIGS
 
 __all__ = ["AOT_CASES", "align_cells_grad"]
 
@@ -155,7 +155,7 @@ def align_cells_grad(
     sizes = (num_rows, num_cells, width // patch, width, height * width, dim)
     constants = {"CHANNELS": channels, "PATCH": patch, "CHANNELS_LAST": channels_last}
     with on_device(level):
-        config = choose_config(level.dtype, num_rows, depth)
+        config = choose_tile(level.dtype, num_rows, depth)
         _level_kernel[(triton.cdiv(num_rows, config.block_m) * triton.cdiv(depth, config.block_n),)](
             grad,
             ordered_weight(weight, channels) if reordered else weight,
@@ -166,7 +166,7 @@ def align_cells_grad(
             **constants,
             **tile_options(kind, config),
         )
-        config = choose_config(level.dtype, dim, depth)._replace(num_warps=WEIGHT_WARPS)
+        config = choose_tile(level.dtype, dim, depth)._replace(num_warps=WEIGHT_WARPS)
         row_blocks = triton.cdiv(dim, config.block_m)
         blocks = row_blocks * triton.cdiv(depth, config.block_n)
         splits = max(1, min(FULL_GRID // blocks, num_rows // LEAST_ROWS))

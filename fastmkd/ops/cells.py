@@ -128,5 +128,6 @@ def level_samples(device: str, dtype: torch.dtype) -> list[tuple[str, CellInputs
         ("odd_sides", lambda: make(2, 19, (3, 5), 5, 37), 5, False),
         ("fpn_p4", lambda: make(2, 64, (16, 16), 2, 96, hidden=0.1), 2, False),
         ("fpn_p3", lambda: make(1, 64, (8, 16), 4, 64, hidden=0.6), 4, False),
+        ("fpn_p5", lambda: make(4, 256, (16, 16), 1, 256, hidden=0.1), 1, False),
         ("huge", huge, 4, False),
     ]
