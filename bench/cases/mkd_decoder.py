@@ -262,6 +262,7 @@ def align_cells_alone(setting: Setting, side: int, hidden: int, direction: str) 
     answer = Answer(
         bind(plain, [x.double() for x in leaves]),
         flops=(6.0 if backward else 2.0) * seen * leaves[1].numel(),
+        floor=FLOORS[setting.dtype],
     )
     variants = [Variant("eager", bind(plain, leaves), answer, plain=True)]
     if not setting.quick:
