@@ -86,7 +86,7 @@ def reference(
     positions: Tensor, patch: int,
 ) -> Tensor:  # fmt: skip
     tokens = F.linear(cells(level, patch), weight, bias)  # (B, gh * gw, D)
-    if visible is not None:
+    if visible is not None and mask_token is not None:
         tokens = torch.where(visible[..., None], tokens, mask_token)
     return tokens + positions
 

@@ -166,8 +166,8 @@ def _path(trainer: Trainer, rank: int) -> Path:
 def _copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """Copies tensors, all of one type at once: batch norms have hundreds of small ones."""
     for kind in {tensor.dtype for tensor in to}:
-        pairs = [(ours, theirs) for ours, theirs in zip(to, source, strict=True) if ours.dtype == kind]
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        ours, theirs = ([x for x in side if x.dtype == kind] for side in (to, source))
+        torch._foreach_copy_(ours, theirs)
 
 
 def _named(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
