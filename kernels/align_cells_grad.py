@@ -16,13 +16,16 @@ from torch import Tensor
 
 from .align_cells import aot_case, choose_tile, corners, offsets, ordered_weight, tile_options, visible_first
 from .launch import AotCase, on_device, product_kind
-from .patch_embed import CONFIGS
+from .patch_embed import CONFIGS, TileConfig
 
 __all__ = ["AOT_CASES", "align_cells_grad"]
 
 FULL_GRID = 256  # programs below which the sum over cells is cut
 LEAST_ROWS = 256  # cells of a split
-WEIGHT_WARPS = 8  # with fewer the addresses of unaligned cells leave the registers
+WEIGHT_WARPS, WEIGHT_CELLS = (
+    8,
+    32,
+)  # fewer warps or more cells a step, and addresses of unaligned cells leave the registers
 
 
 @triton.jit
@@ -166,7 +169,7 @@ def align_cells_grad(
             **constants,
             **tile_options(kind, config),
         )
-        config = choose_tile(level.dtype, dim, depth)._replace(num_warps=WEIGHT_WARPS)
+        config = _weight_tile(choose_tile(level.dtype, dim, depth))
         row_blocks = triton.cdiv(dim, config.block_m)
         blocks = row_blocks * triton.cdiv(depth, config.block_n)
         splits = max(1, min(FULL_GRID // blocks, num_rows // LEAST_ROWS))
@@ -188,6 +191,10 @@ def align_cells_grad(
     return d_level, ordered_weight(d_weight, channels, back=True) if reordered else d_weight
 
 
+def _weight_tile(config: TileConfig) -> TileConfig:
+    return config._replace(num_warps=WEIGHT_WARPS, block_k=min(config.block_k, WEIGHT_CELLS))
+
+
 def _case(
     of: str, dtype: str, size: int, channels: int, patch: int, channels_last: bool, masked: bool = True
 ) -> AotCase:
@@ -200,7 +207,7 @@ def _case(
         f"align_cells_grad-{of}{'' if masked else '-bare'}",
         _weight_kernel if is_weight else _level_kernel,
         dtype,
-        CONFIGS[kind][size]._replace(num_warps=WEIGHT_WARPS) if is_weight else CONFIGS[kind][size],
+        _weight_tile(CONFIGS[kind][size]) if is_weight else CONFIGS[kind][size],
         ("grad_ptr", "level_ptr") if is_weight else ("grad_ptr", "weight_ptr", "out_ptr"),
         (*ints, "split_rows", "num_row_blocks") if is_weight else ints,
         {**hidden, **({"out_ptr": "*fp32"} if is_weight else {})},

@@ -369,7 +369,7 @@ BAD_BATCHES = [
     (lambda i, t: t[0].update(labels=torch.tensor([1.0, 2.0])), TypeError, r"is torch.float32 of shape \(2,\)"),
     (lambda i, t: t[0].update(labels=torch.tensor([1, 9])), ValueError, r"holds 9, but this detector has the classes"),
     (lambda i, t: t[0]["boxes"][1].copy_(torch.tensor([5.0, 5, 5, 9])), ValueError, r"\['boxes'\]\[1\] is \[5.0, 5.0"),
-    (lambda i, t: t[0]["boxes"][0].fill_(math.nan), ValueError, r"a box without area"),
+    (lambda i, t: t[0]["boxes"][0].fill_(math.nan), ValueError, r"no box; expected finite corners"),
 ]  # fmt: skip
 
 
