@@ -56,11 +56,11 @@ def align_cells_grad(
 
 
 def reference(level: Tensor, weight: Tensor, visible: Tensor | None, grad: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    rows = cells(level, patch)  # (B, gh * gw, p * p * C)
-    if visible is not None:
-        grad, rows = (torch.where(visible[..., None], x, 0) for x in (grad, rows))  # 0 times infinity is no zero
+    rows, pulled = cells(level, patch), grad @ weight  # (B, gh * gw, p * p * C)
+    if visible is not None:  # 0 times infinity is no zero
+        grad, rows, pulled = (torch.where(visible[..., None], x, 0) for x in (grad, rows, pulled))
     d_weight = grad.flatten(0, 1).mT @ rows.flatten(0, 1)  # (D, B * gh * gw) @ (B * gh * gw, p * p * C)
-    return level_of(grad @ weight, level, patch), d_weight
+    return level_of(pulled, level, patch), d_weight
 
 
 def check(level: Tensor, weight: Tensor, visible: Tensor | None, grad: Tensor, patch: int) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastmkd
-from fastmkd.ops import align_cells
+from fastmkd.ops import align_cells, align_cells_grad
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -103,3 +103,15 @@ def test_a_mask_needs_its_token() -> None:
     level, weight, bias, positions, visible, _ = inputs()
     with pytest.raises(ValueError, match="visible is given but mask_token is None"):
         align_cells(level, rows(weight), bias, positions, 2, visible)
+
+
+def test_hidden_cells_have_no_gradient_whatever_the_weight_holds():
+    """Zero times infinity is not zero: what is hidden is left out, not multiplied away."""
+    level, grad = torch.randn(1, 2, 4, 4), torch.randn(1, 4, 3)
+    weight = torch.full((3, 8), torch.inf)
+    hidden = torch.zeros(1, 4, dtype=torch.bool)
+    for backend in ("eager", "auto"):
+        with fastmkd.backend(backend):
+            d_level, d_weight = align_cells_grad(level * torch.nan, weight, hidden, grad, 2)
+        assert torch.equal(d_level, torch.zeros_like(level))
+        assert torch.equal(d_weight, torch.zeros_like(weight))
