@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -159,7 +160,7 @@ class TensorPictures:
         return TensorPictures(self.images[index], self.labels[index])
 
 
-class StoredPictures(Generic[Stored]):
+class StoredPictures(abc.ABC, Generic[Stored]):
     """Pictures on a disk, read when they are needed and converted to RGB.
 
     Args:
@@ -174,13 +175,13 @@ class StoredPictures(Generic[Stored]):
     def __len__(self) -> int:
         return len(self.stored)
 
+    @abc.abstractmethod
     def file(self, stored: Stored) -> Path | BytesIO:
         """Returns what `open_picture` can open.
 
         Args:
             stored: where a picture lies.
         """
-        raise NotImplementedError
 
     def load(self, index: int) -> Any:
         """Picture `index` as an RGB PIL image.
