@@ -54,13 +54,18 @@ def add_page(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def parse_page(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parses a command's arguments; ends the program where there is no page.
+    """Parses a command's arguments; ends the program where there is no page, or where it would lose tables.
 
     Args:
-        parser: with the options of `add_page`.
+        parser: with ``--results`` and the options of `add_page`.
         argv: arguments; those of the process if None.
     """
     arguments = parser.parse_args(argv)
+    if arguments.results != parser.get_default("results") and arguments.page == parser.get_default("page"):
+        parser.error(
+            f"--results is {arguments.results}, but {arguments.page} holds what other records say; pass --page, "
+            "a copy of it, too."
+        )
     if not arguments.page.is_file():
         parser.error(f"there is no page {arguments.page}; run this in a checkout of the repository, or pass --page.")
     return arguments

@@ -42,6 +42,7 @@ class DenseKD(DenseMethod):
         weight: of the base; None takes its usual one.
         logits_weight: of CWD's logit loss.
         layers: the levels, see `fastmkd.MKD`.
+        inherit: start from the teacher's neck and head, where shapes agree.
         logits_temperature: tau of the logit loss.
         image_size: of the image on which shapes are learnt when the method is made.
         teacher_device: keeps the teacher on this device.
@@ -71,6 +72,7 @@ class DenseKD(DenseMethod):
         logits_weight: float = 0.0,
         layers: Mapping[str, str] | None = None,
         *,
+        inherit: bool = False,
         logits_temperature: float = 4.0,
         image_size: int | Sequence[int] | None = None,
         teacher_device: torch.device | str | None = None,
@@ -90,6 +92,8 @@ class DenseKD(DenseMethod):
             if chosen.needs_boxes and self.form.task != "detection":
                 raise ValueError(f"base {base!r} needs the boxes of a detector, but these are for {self.form.task}.")
             self.heads.update(chosen.heads(self.levels))
+            if inherit:
+                self.inherit()
         except (TypeError, ValueError):
             self.release()
             raise

@@ -14,6 +14,7 @@ from .dense_checks import check_normalisation
 from .dense_logits import class_maps, head_of
 from .dense_networks import Form, Levels, form_of, pair_levels, probe_levels, read_levels, run_features, stride_of
 from .features import eval_mode, input_shape
+from .inherit import inherit_head
 from .mkd_losses import channel_logit_loss
 from .mkd_masking import Sight
 from .teacher_call import CompileMode, TeacherCall
@@ -77,6 +78,8 @@ class DenseMethod(DistillMethod):
     Attributes:
         levels: a `LevelShape` for each pair.
         part_stride: pixels between positions of the coarsest map that the part makes.
+        inherited: names that the student began with from the teacher, see `inherit`.
+        not_inherited: names of its neck and head that do not fit the teacher's.
 
     Raises:
         ValueError: networks of different tasks, or whose levels do not belong together.
@@ -105,6 +108,8 @@ class DenseMethod(DistillMethod):
         teacher_call = TeacherCall(_observe_teacher, teacher_dtype, teacher_compile)
         super().__init__(student, teacher, teacher_device=teacher_device)
         self._teacher_call, self.wants_logits = teacher_call, wants_logits
+        self.inherited: list[str] = []
+        self.not_inherited: list[str] = []
         try:
             self.form, self._teacher_form = form_of(student, "student"), form_of(teacher, "teacher")
             if backbone is not None:
@@ -180,6 +185,14 @@ class DenseMethod(DistillMethod):
         made = [x for name, x in of_student.items() if self.form.part and name.partition(":")[0] == self.form.part]
         self.part_stride = max([stride_of(size, x) for x in made] or [level.stride for level in found])
         return found
+
+    def inherit(self) -> None:
+        """Lets the student's neck and head start from the teacher's, where names and shapes agree.
+
+        Raises:
+            ValueError: nothing of them fits.
+        """
+        self.inherited, self.not_inherited = inherit_head(self.student, self.teacher, self.form.part)
 
     @property
     def layers(self) -> dict[str, str]:

@@ -24,7 +24,6 @@ from .dense_checks import check_detection_batch
 from .dense_method import DenseMethod, LevelShape
 from .mkd_checks import check_numbers, check_patches
 from .mkd_decoder import AdaptiveDecoder
-from .mkd_inherit import inherit_head
 from .mkd_losses import Relation, recover, relation_loss
 from .mkd_masking import MaskedBackbone, Sight, coarser
 from .mkd_pictures import mkd_pictures
@@ -67,7 +66,7 @@ class MKD(DenseMethod):
         decoder_heads: attention heads of a block.
         mlp_ratio: width of a block's MLP, in widths.
         logits_temperature: tau of CWD's loss.
-        inherit: start from the teacher's neck and head, where shapes agree; `inherited` and `not_inherited` say what.
+        inherit: start from the teacher's neck and head, where shapes agree.
         epochs: of the whole training; the last `last_epochs` of them go without teacher. None never does. Needs
             `set_epoch`.
         last_epochs: how many.
@@ -143,17 +142,15 @@ class MKD(DenseMethod):
         self.sam = 32 if sam is True else sam
         self.epochs, self.last_epochs, self.epoch = epochs, last_epochs, 0.0
         self.generator = generator
-        self.inherited: list[str] = []
-        self.not_inherited: list[str] = []
         try:
             check_patches(self.levels, mask_patch, self.sam)
             part = student.get_submodule(self.form.part)
             self._backbone = MaskedBackbone(part, mask_patch, self.part_stride, stats, masked_conv)
+            if inherit:
+                self.inherit()
         except (TypeError, ValueError):
             self.release()
             raise
-        if inherit:
-            self.inherited, self.not_inherited = inherit_head(student, teacher, self.form.part)
         self._came_frozen = _frozen_children(part, self._frozen_student)
         self._make_heads(decoder_width, decoder_depth, decoder_heads, mlp_ratio)
 

@@ -16,6 +16,7 @@ from fastmkd.bench.study import Ask, Study
 from fastmkd.train.errors import UserError
 
 STUDIES, RESULTS = REPOSITORY / "recipes" / "evidence", REPOSITORY / "bench" / "results" / "evidence"
+PAGE = REPOSITORY / "docs" / "evidence.md"
 
 TINY = "{name: vit_tiny_patch16_224, kwargs: {patch_size: 2, embed_dim: 12, depth: 1, num_heads: 3}}"
 RECIPE = f"""
@@ -128,8 +129,16 @@ def test_a_study_that_is_wrong_is_refused(study: Study, tmp_path: Path) -> None:
         Study.read(study.folder)
 
 
+def test_other_records_do_not_empty_the_committed_page(capsys: pytest.CaptureFixture[str]) -> None:
+    before = PAGE.read_bytes()
+    with pytest.raises(SystemExit):
+        main(["--results", "elsewhere"])
+    assert "pass --page" in capsys.readouterr().err
+    assert PAGE.read_bytes() == before
+
+
 def test_committed_page_is_made_from_the_committed_records() -> None:
-    page = (REPOSITORY / "docs" / "evidence.md").read_text()
+    page = PAGE.read_text()
     assert render(page, RESULTS, STUDIES) == page, "run python -m fastmkd.bench.evidence"
     for path in RESULTS.iterdir():
         name = path.stem if path.suffix == ".jsonl" else path.name

@@ -157,10 +157,11 @@ def test_a_share_too_small_for_the_grid_is_said():
         quiet(*batch())
 
 
-def test_inherit_copies_what_fits_and_names_the_rest():
+@pytest.mark.parametrize("build", [make, fastmkd.DenseKD])
+def test_inherit_copies_what_fits_and_names_the_rest(build):
     student, teacher = detector(), teacher_of(out=8)
     before = student.backbone.body["conv1"].weight.clone()
-    method = make(student, teacher, inherit=True)
+    method = build(student, teacher, inherit=True)
     ours, theirs = student.state_dict(), teacher.state_dict()
     assert "head.classification_head.cls_logits.weight" in method.inherited
     assert all(torch.equal(ours[name], theirs[name]) for name in method.inherited)
@@ -356,8 +357,10 @@ def test_refused_networks():
     with pytest.raises(ValueError, match="logits_weight compares maps of class logits"):
         make(*nets, logits_weight=1.0)
     other = timm.create_model("resnet18", **{**narrow, "num_classes": 7})
-    with pytest.raises(ValueError, match=r"nothing outside of .* fc.weight, fc.bias"):
-        make(nets[0], other, inherit=True, image_size=64)
+    for build in (make, fastmkd.DenseKD):
+        with pytest.raises(ValueError, match=r"nothing outside of .* fc.weight, fc.bias"):
+            build(nets[0], other, inherit=True, image_size=64)
+        assert type(nets[0].conv1) is nn.Conv2d, "a refused method gives the student back as it came"
 
 
 BAD_BATCHES = [
