@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerStage
 from timm.models.swin_transformer_v2 import SwinTransformerV2Stage
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..nn.convert import convert_cnn, revert_cnn
 from ..nn.masked_conv import MaskedConv2d
@@ -246,11 +247,16 @@ def _hide(sight: Sight, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _blocks_below(module: nn.Module, patch: int, stride: int) -> list[tuple[nn.Module, int]]:
     """Blocks whose output has more than `patch` pixels between positions, those that raise it, with that number."""
-    side, sizes = 8 * stride, dict[nn.Module, tuple[int, int]]()
+    side, steps = 8 * stride, dict[nn.Module, tuple[int, int]]()
 
     def note(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and all(isinstance(x, Tensor) and x.dim() == 4 for x in (args[0], output)):
-            sizes.setdefault(part, (side // args[0].shape[3], side // max(output.shape[3], 1)))
+        # Square images: the third number is a side of the map in either layout.
+        before, after = (
+            [side // max(x.shape[2], 1) for x in tree_leaves(tree) if isinstance(x, Tensor) and x.dim() == 4]
+            for tree in (args, output)
+        )
+        if before and after:
+            steps.setdefault(part, (min(before), max(after)))
 
     first = next(part for part in module.modules() if isinstance(part, nn.Conv2d))
     images = first.weight.new_zeros(1, first.in_channels, side, side)
@@ -260,13 +266,19 @@ def _blocks_below(module: nn.Module, patch: int, stride: int) -> list[tuple[nn.M
         module(images)
     found: list[tuple[nn.Module, int]] = []
 
+    def holds_blocks(part: nn.Module) -> bool:
+        """A container, or what has steps between its own first and last, as a whole network has."""
+        if part is module or part not in steps or isinstance(part, _CONTAINERS):
+            return True
+        before, after = steps[part]
+        return any(before < steps[inner][1] < after for inner in part.modules() if inner in steps)
+
     def descend(part: nn.Module) -> None:
-        before, after = sizes.get(part, (1, stride))
-        if part is module or isinstance(part, _CONTAINERS):
+        if holds_blocks(part):
             for child in part.children():
                 descend(child)
-        elif after <= stride and after > max(before, patch):
-            found.append((part, after))
+        elif steps[part][1] <= stride and steps[part][1] > max(steps[part][0], patch):
+            found.append((part, steps[part][1]))
 
     descend(module)
     return found
