@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .base import DistillMethod
 from .dense_checks import check_normalisation
 from .dense_logits import class_maps, head_of
-from .dense_networks import Form, Levels, form_of, pair_levels, probe_levels, read_levels, run_features, stride_of
+from .dense_networks import Form, Levels, form_of, pair_levels, probe_levels, read_levels, run_features
+from .dense_strides import last_stage, level_strides
 from .features import eval_mode, input_shape
 from .inherit import inherit_head
 from .mkd_losses import channel_logit_loss
@@ -174,16 +175,27 @@ class DenseMethod(DistillMethod):
             raise TypeError(f"layers is {layers!r}; expected names as in {{'layer4': 'layer4'}}, student: teacher.")
         if not layers:
             raise ValueError("layers is empty; name at least one pair of layers, {student: teacher}.")
-        # The part too: how coarse its maps are decides what a mask may be.
-        part = [self.form.part] if self.form.part else []
-        of_student, size = probe_levels(student, self.form, "student", [*layers, *part], image_size)
+        # The masked part's own maps too: how coarse they become decides what a mask may be.
+        last, known = last_stage(student, self.form)
+        of_student, size = probe_levels(
+            student, self.form, "student", list(dict.fromkeys([*layers, *last])), image_size
+        )
         of_teacher, _ = probe_levels(teacher, self._teacher_form, "teacher", list(layers.values()), size)
+        pairs = pair_levels(layers, of_student, of_teacher)
+        strides = level_strides(student, self.form, "student", of_student, size)
+        theirs = level_strides(teacher, self._teacher_form, "teacher", of_teacher, size)
         found = []
-        for own, other in pair_levels(layers, of_student, of_teacher).items():
+        for own, other in pairs.items():
+            if strides[own] != theirs[other]:
+                raise ValueError(
+                    f"the student's level {own!r} has a position every {strides[own]} pixels but the teacher's "
+                    f"{other!r} every {theirs[other]}; pair levels of the same stride with "
+                    "layers={student's: teacher's}."
+                )
             s, t = of_student[own], of_teacher[other]
-            found.append(LevelShape(own, other, stride_of(size, s), s.shape[1], t.shape[1], (t.shape[2], t.shape[3])))
-        made = [x for name, x in of_student.items() if self.form.part and name.partition(":")[0] == self.form.part]
-        self.part_stride = max([stride_of(size, x) for x in made] or [level.stride for level in found])
+            found.append(LevelShape(own, other, strides[own], s.shape[1], t.shape[1], (t.shape[2], t.shape[3])))
+        made = [stride for name, stride in strides.items() if name.partition(":")[0] in last]
+        self.part_stride = max(known, *(made or [level.stride for level in found]))
         return found
 
     def inherit(self) -> None:
@@ -240,7 +252,7 @@ class DenseMethod(DistillMethod):
         return Seen(output, entered[0], Levels(found, logits), boxes if form.task == "detection" else None)
 
     def densify(self, sight: Sight | None) -> Callable[[str, Any], Any]:
-        """Returns what makes a dense map of a level that is read inside the masked part, of the image's own size.
+        """Returns what makes dense maps, of the size without a mask, of what modules inside the masked part return.
 
         Args:
             sight: what the part saw, or None.
@@ -248,8 +260,10 @@ class DenseMethod(DistillMethod):
         part = self.form.part
         inside = f"{part}." if part else ""
 
-        def dense(name: str, x: Any) -> Any:
-            return x if sight is None or name == part or not name.startswith(inside) else sight.dense(x)
+        def dense(name: str, output: Any) -> Any:
+            if sight is None or name == part or not name.startswith(inside):
+                return output
+            return sight.dense(output, name.removeprefix(inside))
 
         return dense
 

@@ -7,7 +7,6 @@ them; ``"backbone.fpn:p6"`` is one of these.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from .features import eval_mode, input_shape
 
-__all__ = ["Form", "Levels", "form_of", "pair_levels", "probe_levels", "read_levels", "run_features"]
+__all__ = ["PROBE_SIDE", "Form", "Levels", "form_of", "pair_levels", "probe_levels", "read_levels", "run_features"]
 
 Task = Literal["detection", "segmentation", "classification"]
 PROBE_SIDE = 256  # pixels; every stride up to 128 divides it
@@ -117,7 +116,7 @@ def read_levels(
         network: the network.
         layers: their names; several may name one module.
         found: gets ``(B, C, h, w)`` by the level's name, a name and a key for each map of a module with several.
-        dense: what is applied to an output, with the module's name, before it is read.
+        dense: what is applied to a module's output, given its name first, before maps are read from it.
 
     Raises:
         ValueError: while the network runs: a module that runs twice, an output without such a key or that is no map.
@@ -126,19 +125,17 @@ def read_levels(
     for layer in layers:
         name, colon, key = layer.partition(":")
         keys.setdefault(name, []).append(key if colon else None)
-    nhwc = getattr(network, "output_fmt", "NCHW") == "NHWC"
 
     def reader(name: str, wanted: list[str | None]) -> Callable[..., None]:
         def read(_module: nn.Module, _args: Any, output: Any) -> None:
             if any(level.partition(":")[0] == name for level in found):
                 raise ValueError(f"the layer {name!r} runs more than once in a forward; name one that runs once.")
-            maps = _by_key(name, output, wanted)
+            maps = _by_key(name, output if dense is None else dense(name, output), wanted)
             for level, x in maps.items():
-                x = x if dense is None else dense(name, x)
                 if not isinstance(x, Tensor) or x.dim() != 4:
                     what = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
                     raise ValueError(f"the layer {level!r} returns {what}; expected a map (B, C, h, w).")
-                found[level] = x.permute(0, 3, 1, 2) if nhwc else x
+                found[level] = x.permute(0, 3, 1, 2) if _channels_last(network, name) else x
 
         return read
 
@@ -146,6 +143,13 @@ def read_levels(
         for name, wanted in keys.items():
             stack.callback(network.get_submodule(name).register_forward_hook(reader(name, wanted)).remove)
         yield
+
+
+def _channels_last(network: nn.Module, name: str) -> bool:
+    """Whether a module returns ``(B, h, w, C)``: of it and those around it the nearest that tells, as timm's do."""
+    parts = name.split(".") if name else []
+    around = [network.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1)]
+    return next((fmt == "NHWC" for part in around if (fmt := getattr(part, "output_fmt", None)) is not None), False)
 
 
 def _by_key(name: str, output: Any, wanted: list[str | None]) -> dict[str, Any]:
@@ -270,17 +274,3 @@ def _levels_of(layer: str, found: Mapping[str, Tensor]) -> dict[str, str]:
     if layer in found:
         return {layer.partition(":")[2]: layer}
     return {level.partition(":")[2]: level for level in found if level.partition(":")[0] == layer}
-
-
-def stride_of(size: tuple[int, int], level: Tensor) -> int:
-    """Returns the pixels between two positions of a level.
-
-    Args:
-        size: ``(H, W)`` of the image.
-        level: ``(B, C, h, w)``.
-
-    Example:
-        >>> stride_of((256, 256), torch.zeros(1, 1, 8, 8))
-        32
-    """
-    return 2 ** round(math.log2(size[0] / level.shape[2]))

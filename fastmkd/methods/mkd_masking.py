@@ -19,6 +19,7 @@ from ..nn.masked_conv import MaskedConv2d
 from ..nn.packed import PackedFeatures, pack
 from ..nn.plan import MaskPlan
 from .features import eval_mode
+from .map_shapes import MapShapes
 
 __all__ = ["MaskedBackbone", "Sight", "coarser", "mask_at"]
 
@@ -33,6 +34,7 @@ class Sight:
 
     Args:
         patch: pixels of a cell of the mask.
+        shapes: of the ordinary part.
 
     Attributes:
         images: ``(B, C, H, W)`` that came in, whole.
@@ -46,8 +48,8 @@ class Sight:
     padded: Size
     count: int
 
-    def __init__(self, patch: int) -> None:
-        self.patch = patch
+    def __init__(self, patch: int, shapes: MapShapes) -> None:
+        self.patch, self._shapes = patch, shapes
         self._plans: dict[int, MaskPlan] = {}
 
     def plan(self, cell: int) -> MaskPlan:
@@ -62,21 +64,29 @@ class Sight:
             self._plans[cell] = MaskPlan(coarser(self.visible, cell // self.patch), count)
         return self._plans[cell]
 
-    def dense(self, x: Any) -> Any:
-        """Returns what an ordinary network would give: a dense map of the image's own part, zeros where hidden.
+    def dense(self, output: Any, name: str = "") -> Any:
+        """Returns what an ordinary network would give: dense maps of the image's own part, zeros where hidden.
 
         Args:
-            x: a map that the masked part made, packed or not; anything else stays as it is.
+            output: of a module of the masked part; what is no map, packed or not, stays as it is.
+            name: of that module in the part; "" is the part itself.
+
+        Raises:
+            ValueError: the ordinary part does not take images of this size.
         """
-        if isinstance(x, PackedFeatures):
-            x = x.to_dense()
-        if self.visible is None or not isinstance(x, Tensor) or x.dim() != 4:
-            return x
-        h, w = (
-            math.ceil(size / (padded // there))
-            for size, padded, there in zip(self.images.shape[2:], self.padded, x.shape[2:], strict=True)
-        )
-        return x[:, :, :h, :w]
+        if self.visible is None:
+            return output
+        size = (self.images.shape[2], self.images.shape[3])
+        if size == self.padded:
+            return _map_tree(_dense, output, output)
+        try:
+            ordinary = self._shapes.of(name, size)
+        except ValueError as error:
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} pixels are padded to {self.padded[0]} x {self.padded[1]} for the "
+                f"mask, and the size of their maps without padding is unknown: {error} Give images of the padded size."
+            ) from error
+        return _map_tree(_dense, output, ordinary)
 
 
 class MaskedBackbone:
@@ -84,7 +94,8 @@ class MaskedBackbone:
 
     A CNN is converted by `fastmkd.convert_cnn`, gets packed maps and gives back dense ones, with zeros where hidden. An
     ordinary call outside of `masking` stays the ordinary network, to the bit. Images that cells do not tile are padded
-    with zeros below and to the right; the maps that come out have the size that they have without.
+    with zeros below and to the right; the maps that come out have the size that they have without, whether layers round
+    up or down, which a copy of the part on the meta device tells.
 
     Cells smaller than the stride of the last stage (Table 4a, 16 pixels) cannot stay whole there. Before the block in
     which a cell would fall below one position, the map is packed anew with larger cells, each hidden if its first small
@@ -132,6 +143,7 @@ class MaskedBackbone:
         self.packs = masked_conv and not self.stages
         self.masks_stages = masked_conv and bool(self.stages)
         self._converted = self.packs and not any(isinstance(part, MaskedConv2d) for part in module.modules())
+        self._shapes = MapShapes(module)
         self._coarsen: list[tuple[nn.Module, int]] = []
         if self.packs and patch < stride:
             self._coarsen = _blocks_below(module, patch, stride)
@@ -152,7 +164,7 @@ class MaskedBackbone:
             draw: ``(batch, grid, device)`` -> the mask ``(B, gh, gw)`` and how many cells of the batch are visible, or
                 None where nothing is to be hidden.
         """
-        sight, unit = Sight(self.patch), math.lcm(self.patch, self.stride)
+        sight, unit = Sight(self.patch, self._shapes), math.lcm(self.patch, self.stride)
 
         def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             images = args[0]
@@ -169,7 +181,7 @@ class MaskedBackbone:
 
         with contextlib.ExitStack() as stack:
             stack.callback(self.module.register_forward_pre_hook(enter).remove)
-            stack.callback(self.module.register_forward_hook(lambda _m, _a, out: _map_tree(sight.dense, out)).remove)
+            stack.callback(self.module.register_forward_hook(lambda _m, _a, out: sight.dense(out)).remove)
             for block, cell in self._coarsen:
                 stack.callback(block.register_forward_pre_hook(_repacker(sight, cell)).remove)
             if self.masks_stages:
@@ -217,15 +229,22 @@ def coarser(visible: Tensor, factor: int) -> Tensor:
     return first | (nothing[:, None, None] & somewhere)
 
 
-def _map_tree(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Applies a function to the maps of an output, whatever holds them."""
+def _map_tree(fn: Callable[[Any, Any], Any], tree: Any, other: Any) -> Any:
+    """Applies a function to the maps of an output, whatever holds them, and to those of another of the same build."""
     if isinstance(tree, Mapping):
-        return type(tree)((key, _map_tree(fn, value)) for key, value in tree.items())  # type: ignore[call-arg]
-    if isinstance(tree, list):
-        return [_map_tree(fn, value) for value in tree]
-    if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
-        return tuple(_map_tree(fn, value) for value in tree)
-    return fn(tree)
+        return type(tree)((key, _map_tree(fn, value, other[key])) for key, value in tree.items())  # type: ignore[call-arg]
+    if isinstance(tree, list | tuple) and not hasattr(tree, "_fields"):
+        return type(tree)(_map_tree(fn, *pair) for pair in zip(tree, other, strict=True))
+    return fn(tree, other)
+
+
+def _dense(x: Any, ordinary: Any) -> Any:
+    """A map as a dense one, cut to the shape of another; channels, first or last, are as many in both."""
+    if isinstance(x, PackedFeatures):
+        x = x.to_dense()
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return x
+    return x[:, : ordinary.shape[1], : ordinary.shape[2], : ordinary.shape[3]]
 
 
 def _repacker(sight: Sight, cell: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
