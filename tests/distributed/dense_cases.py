@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 import torch
+import torch.nn.functional as F
 from agreement import Found, own, step
 from dense_nets import SMALL, Segmenter, detector, teacher_of
 from torch import nn
@@ -80,3 +82,20 @@ def case_dense_fitnet(rank: int, world: int) -> Found:
 
 def case_dense_cwd(rank: int, world: int) -> Found:
     return detect(rank, world, DenseKD, base="cwd", logits_weight=0.5)
+
+
+def case_mkd_swin_classifier(rank: int, world: int) -> Found:
+    """Channels-last maps, and cells that stick out of the image: 96 pixels in cells of 64."""
+    images = torch.stack([F.pad(image, (0, 16)) for image in IMAGES])
+    small = {"img_size": 96, "strict_img_size": False, "embed_dim": 16, "depths": (1, 1, 1, 1)}
+    small |= {"num_heads": (1, 1, 1, 1), "window_size": 3, "drop_path_rate": 0.0, "num_classes": 3}
+
+    def make(seed: int) -> Any:
+        nets = []
+        for each in (7, seed):  # every rank has the same teacher, and a student of its own that DDP replaces
+            torch.manual_seed(each)
+            nets.append(timm.create_model("swin_tiny_patch4_window7_224", **small).double())
+        return MKD(nets[1], nets[0], mask_ratio=0.3, mask_patch=64, image_size=96, **SMALL).double().train()
+
+    labels = torch.tensor([0, 2, 1, 1])
+    return step(make, lambda run: run(own(images, rank, world), own(labels, rank, world)), rank, world)

@@ -33,7 +33,7 @@ def classifiers(name, **small):
     return [timm.create_model(name, num_classes=5, **small) for _ in range(2)]
 
 
-SWIN = {"img_size": 96, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 3}
+SWIN = {"img_size": 96, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 3}
 RESNET = {"layers": (1, 1, 1, 1), "channels": (4, 4, 8, 8)}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (4, 8, 8, 12)}
 
@@ -47,19 +47,20 @@ def sizes_with_and_without(method, images):
     return [{name: tuple(x.shape) for name, x in maps.items()} for maps in (masked, plain)]
 
 
-@pytest.mark.parametrize("side", [96, 80])
-def test_a_swin_classifier(side):
-    """Its maps are (B, h, w, C); the grids of its stages and of the mask differ, and are cut where cells stick out."""
+@pytest.mark.parametrize(("patch", "side"), [(32, 96), (64, 80)])
+def test_a_swin_classifier(patch, side):
+    """Its maps are (B, h, w, C) with more channels than the image has pixels, and are cut where cells stick out."""
     nets = classifiers("swin_tiny_patch4_window7_224", **SWIN | {"strict_img_size": False})
-    method = fastmkd.MKD(*nets, mask_ratio=0.3, image_size=96, **SMALL)
-    assert [(level.name, level.stride, level.student_channels) for level in method.levels] == [("layers.3", 32, 64)]
+    method = fastmkd.MKD(*nets, mask_ratio=0.3, mask_patch=patch, image_size=96, **SMALL)
+    assert [(level.name, level.stride, level.student_channels) for level in method.levels] == [("layers.3", 32, 128)]
     drawn, draw = [], method.draw
     method.draw = lambda *args: drawn.append(draw(*args)) or drawn[-1]
     images = torch.randn(2, 3, side, side, requires_grad=True)
     masked, plain = sizes_with_and_without(method, images)
-    assert masked == plain == {"layers.3": (2, 64, 3, 3)}
+    assert masked == plain == {"layers.3": (2, 128, 3, 3)}
     method(images, torch.tensor([1, 2])).loss.backward()
-    seen = upsampled(drawn[-1][0], (96, 96))[:, :side, :side]
+    visible = drawn[-1][0]
+    seen = upsampled(visible, [patch * cells for cells in visible.shape[1:]])[:, :side, :side]
     assert torch.equal(images.grad.abs().sum(1) > 0, seen)
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
 
@@ -141,4 +142,4 @@ def test_a_level_inside_a_swin_body_is_channels_last():
     small = {"num_classes": 3, "image_size": (96, 96), "out_channels": 8, "backbone_kwargs": SWIN}
     nets = [build_detector("retinanet", "timm.swin_tiny_patch4_window7_224", **small) for _ in range(2)]
     method = fastmkd.MKD(*nets, layers={"backbone.body.model.layers_2": "backbone.body.model.layers_2"}, **SMALL)
-    assert [(level.stride, level.student_channels) for level in method.levels] == [(16, 32)]
+    assert [(level.stride, level.student_channels) for level in method.levels] == [(16, 64)]
