@@ -163,7 +163,7 @@ class MKD(DenseMethod):
                     level.student_channels,
                     level.teacher_channels,
                     max(1, self._token(level) // level.stride),
-                    level.stride <= self.mask_patch,
+                    self._cell(level) is not None,
                     width,
                     depth,
                     heads,
@@ -294,15 +294,21 @@ class MKD(DenseMethod):
         grid = (-(-height // token), -(-width // token))
         if sight.visible is None:
             return torch.ones(len(sight.images), *grid, dtype=torch.bool, device=sight.images.device)
-        visible = sight.visible
-        if token > self.mask_patch:
-            factor = token // self.mask_patch
+        cell = self._cell(level) or self.mask_patch
+        visible = coarser(sight.visible, cell // self.mask_patch)
+        if token > cell:
+            factor = token // cell
             whole = F.pad(visible, (0, -visible.shape[2] % factor, 0, -visible.shape[1] % factor), value=True)
             visible = coarser(whole, factor)
         else:
-            repeats = self.mask_patch // token
-            visible = visible.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)
+            visible = visible.repeat_interleave(cell // token, 1).repeat_interleave(cell // token, 2)
         return visible[:, : grid[0], : grid[1]]
+
+    def _cell(self, level: LevelShape) -> int | None:
+        """Pixels of a level's hidden cells; None behind the masked part, where no position stands for one cell."""
+        if level.stride <= self.mask_patch:
+            return self.mask_patch
+        return level.stride if level.stride <= self.part_stride else None
 
     def _token(self, level: LevelShape) -> int:
         """Pixels of a token of a level."""

@@ -37,7 +37,7 @@ class AdaptiveDecoder(nn.Module):
         student_channels: C_S.
         teacher_channels: C_T.
         patch: p, positions of the level per token in each direction; 1 also for a level coarser than the tokens.
-        masked: whether tokens are replaced; False for levels coarser than the mask, which have no mask token.
+        masked: whether tokens are replaced; False for levels behind the masked part, which have no mask token.
         width: of the tokens.
         depth: number of blocks.
         heads: attention heads of a block.

@@ -109,6 +109,29 @@ def test_visible_tokens_by_hand():
     assert tokens.tolist() == expected
 
 
+@pytest.mark.parametrize("sam", [16, False])
+def test_replaced_tokens_are_the_hidden_positions(sam):
+    """Also where a hidden cell is smaller than a position, and the map is hidden by larger cells."""
+    nets = [timm.create_model("resnet18", num_classes=5, layers=(1, 1, 1, 1), channels=(4, 4, 8, 8)) for _ in range(2)]
+    layers = {"layer3": "layer3", "layer4": "layer4"}
+    method = make(*nets, mask_patch=16, sam=sam, layers=layers, image_size=128, mask_ratio=0.3)
+    images = torch.randn(2, 3, 128, 100)
+    with method._backbone.masking(method.draw) as sight:
+        maps = method.watch_student(images, torch.tensor([0, 1]), sight).levels.maps
+    for level, decoder in zip(method.levels, method.heads["decoders"], strict=True):
+        token = method._token(level)
+        sizes = [-(-128 // token) * token, -(-100 // token) * token]
+        hidden = ~upsampled(method.visible_tokens(sight, level), sizes)[:, :128, :100]
+        zero = (maps[level.name] == 0).all(1).repeat_interleave(level.stride, 1).repeat_interleave(level.stride, 2)
+        assert torch.equal(hidden, zero[:, :128, :100]), level.name
+        assert hidden.any()
+        assert decoder.mask_token is not None
+
+
+def test_levels_behind_the_masked_part_have_no_mask_token():
+    assert [d.mask_token is not None for d in make(mask_patch=16).heads["decoders"]] == [True] * 3 + [False] * 2
+
+
 @pytest.mark.parametrize("mask", ["random", "grid", "block"])
 def test_masks_hide_the_same_share(mask):
     visible, count = make(mask=mask, mask_ratio=0.25).draw(3, (4, 6), torch.device("cpu"))
