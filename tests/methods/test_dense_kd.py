@@ -70,23 +70,60 @@ def test_mgd_hides_its_share_of_positions():
     assert 0.2 < share < 0.3  # 4 x 2 x 144 draws: three deviations are 0.04
 
 
-def test_fgd_by_hand():
-    method, (images, targets) = make(FGD(1e-2, 2e-2, 3e-2, 4e-4)), batch()
-    for blocks in method.heads["relation"]:
-        for block in (blocks.student, blocks.teacher):
-            torch.nn.init.normal_(block.transform[-1].weight, std=0.2)
-    out = method(images, targets)
+def attention_and_relation_by_hand(method, student, teacher):
+    """FGD's terms besides its imitation, of adapted maps, with weights 3e-2 and 4e-4."""
     total = 0.0
-    boxes = [target["boxes"] for target in targets]  # images keep their size here
-    for adapt, relation, s, t in zip(
-        method.heads["adapt"], method.heads["relation"], *levels_of(method, images), strict=True
-    ):
-        s = adapt(s)
-        total = total + imitation_loss(s, t, *box_masks(boxes, (96, 96), t.shape[2:]), 1e-2, 2e-2)
+    for relation, s, t in zip(method.heads["relation"], student, teacher, strict=True):
         (ss, sc), (ts, tc) = attention_weights(s), attention_weights(t)
         total = total + 3e-2 * ((ss - ts).abs().sum() + (sc - tc).abs().sum()) / 2
         total = total + 4e-4 * (relation.student(s) - relation.teacher(t)).square().sum() / 2
+    return total
+
+
+def stir_relations(method):
+    """Context blocks begin as the identity, whatever their weights."""
+    for blocks in method.heads["relation"]:
+        for block in (blocks.student, blocks.teacher):
+            torch.nn.init.normal_(block.transform[-1].weight, std=0.2)
+
+
+def test_fgd_by_hand():
+    method, (images, targets) = make(FGD(1e-2, 2e-2, 3e-2, 4e-4)), batch()
+    stir_relations(method)
+    out = method(images, targets)
+    boxes = [target["boxes"] for target in targets]  # images keep their size here
+    student, teacher = levels_of(method, images)
+    student = [adapt(s) for adapt, s in zip(method.heads["adapt"], student, strict=True)]
+    total = attention_and_relation_by_hand(method, student, teacher)
+    for s, t in zip(student, teacher, strict=True):
+        total = total + imitation_loss(s, t, *box_masks(boxes, (96, 96), t.shape[2:]), 1e-2, 2e-2)
     torch.testing.assert_close(out.terms["base"], total.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_dpk_replaces_the_imitation_term_of_fgd_and_nothing_else():
+    base = DPKFGD(0.5, 1e-2, 2e-2, attention_weight=3e-2, relation_weight=4e-4, **SMALL_DPK)
+    method, (images, targets) = make(base), batch()
+    stir_relations(method)
+    hybrids = []
+    for stage in method.heads["imitation"].levels:
+        stage.register_forward_hook(lambda _m, _a, out: hybrids.append(out.detach()))
+    out = method(images, targets)
+    boxes = [target["boxes"] for target in targets]
+    student, teacher = levels_of(method, images)
+    student = [adapt(s) for adapt, s in zip(method.heads["adapt"], student, strict=True)]
+    rest = attention_and_relation_by_hand(method, student, teacher)
+    total = rest
+    for hybrid, t in zip(hybrids, teacher, strict=True):
+        total = total + imitation_loss(hybrid, t, *box_masks(boxes, (96, 96), t.shape[2:]), 1e-2, 2e-2)
+    torch.testing.assert_close(out.terms["base"], total.detach(), rtol=1e-4, atol=1e-4)
+    assert rest > 0.05 * total  # a comparison that would notice either term's absence
+
+
+def test_dpk_has_fgd_s_weights_of_what_it_leaves():
+    for name in ("attention_weight", "relation_weight", "temperature"):
+        assert getattr(DPKFGD(), name) == getattr(FGD(), name)
+    with pytest.raises(ValueError, match="relation_weight is -1"):
+        DPKFGD(relation_weight=-1)
 
 
 @pytest.mark.parametrize("base", ["mgd", "fgd", DPKFGD(ratio=0.5, **SMALL_DPK), "fitnet", "cwd"])
