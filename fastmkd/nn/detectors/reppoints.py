@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import DeformConv2d, batched_nms, box_iou, clip_boxes_to_image, sigmoid_focal_loss
 
+from .precision import widen
 from .reppoints_targets import BASE, IGNORED, assign_by_centre, assign_by_overlap, boxes_from_points, centres
 
 __all__ = ["RepPoints", "RepPointsHead", "tap_offsets"]
@@ -89,11 +90,10 @@ class RepPointsHead(nn.Module):
         out = []
         for level in levels:
             for_class, for_points = self.class_tower(level), self.point_tower(level)
-            guess = self.guess(for_points)
+            guess = widen(self.guess(for_points))
             where = tap_offsets(SAMPLING_GRADIENT * guess + (1 - SAMPLING_GRADIENT) * guess.detach())
-            where = where.to(for_class.dtype)
-            logits = self.class_out(self.class_sample(for_class, where))
-            moved = self.point_out(self.point_sample(for_points, where))
+            logits = self.class_out(_sample(self.class_sample, for_class, where))
+            moved = self.point_out(_sample(self.point_sample, for_points, where))
             out.append((logits, guess, guess.detach() + moved))
         return out
 
@@ -180,7 +180,7 @@ class RepPoints(nn.Module):
         sizes = [(level.shape[-2], level.shape[-1]) for level in levels]
         outputs = self.head(levels)
         logits, guess, points = (
-            torch.cat([part.flatten(2).transpose(1, 2) for part in parts], dim=1).float()  # (B, L, channels)
+            widen(torch.cat([part.flatten(2).transpose(1, 2) for part in parts], dim=1))  # (B, L, channels)
             for parts in zip(*outputs, strict=True)
         )
         places, steps = centres(sizes, self.strides, logits.device)
@@ -278,6 +278,14 @@ class RepPoints(nn.Module):
                 f"the backbone gave levels of sizes {given} for images of {tuple(size)}; with strides {self.strides} "
                 f"expected {expected}. Give the strides of its levels."
             )
+
+
+def _sample(layer: DeformConv2d, x: Tensor, where: Tensor) -> Tensor:
+    """A deformable convolution in the dtype of its weights; on CPUs torchvision has none for autocast's bfloat16."""
+    dtype = layer.weight.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        sampled: Tensor = layer(x.to(dtype), where.to(dtype))
+    return sampled
 
 
 def _corner_loss(boxes: Tensor, truth: Tensor, steps: Tensor) -> Tensor:
