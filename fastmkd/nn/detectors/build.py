@@ -48,6 +48,7 @@ def build_detector(
     Images are a list of ``(3, H, W)`` in [0, 1] of any sizes, targets a list of dicts with ``boxes`` ``(n, 4)`` as
     corners x0 y0 x1 y1 in pixels and ``labels`` ``(n,)`` from 1. ``model.transform`` resizes, normalises and pads,
     ``model.backbone.body`` gives maps and ``model.backbone.fpn`` levels. Under autocast boxes stay in float32.
+    ``model.num_classes`` counts the background.
 
     Args:
         name: retinanet, fcos, faster_rcnn or reppoints (the keys of `DETECTORS`).
@@ -102,7 +103,10 @@ def build_detector(
         "image_mean": list(image_mean),
         "image_std": list(image_std),
     }
-    return make(Backbone(body, fpn, out_channels), num_classes, anchor_sizes, **resizing, **kwargs)
+    model: Any = make(Backbone(body, fpn, out_channels), num_classes, anchor_sizes, **resizing, **kwargs)
+    model.num_classes = num_classes + 1  # torchvision's count
+    detector: nn.Module = model
+    return detector
 
 
 def _checked_size(image_size: Sequence[Any]) -> tuple[tuple[int, ...], int]:
