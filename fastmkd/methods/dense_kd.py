@@ -97,7 +97,8 @@ class DenseKD(DenseMethod):
         except (TypeError, ValueError):
             self.release()
             raise
-        self.heads.to(next(student.parameters()).device)
+        first = next(student.parameters())
+        self.heads.to(device=first.device, dtype=first.dtype)
         self.base, self.weight, self.logits_weight = chosen, float(weight), float(logits_weight)
         self.logits_temperature, self.epoch = float(logits_temperature), 0
 
