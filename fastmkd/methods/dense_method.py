@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nn.frozen import frozen_parts
 from .base import DistillMethod
 from .dense_checks import check_normalisation
 from .dense_logits import class_maps, head_of
@@ -78,6 +79,7 @@ class DenseMethod(DistillMethod):
     Attributes:
         levels: a `LevelShape` for each pair.
         part_stride: pixels between positions of the coarsest map that the part makes.
+        frozen_parts: names of the largest parts of the student that came frozen and stay so, such as first stages.
         inherited: names that the student began with from the teacher, see `inherit`.
         not_inherited: names of its neck and head that do not fit the teacher's.
 
@@ -106,7 +108,10 @@ class DenseMethod(DistillMethod):
         if not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher is a {type(teacher).__name__}; expected a torch.nn.Module.")
         teacher_call = TeacherCall(_observe_teacher, teacher_dtype, teacher_compile)
+        # Before the method freezes anything itself.
+        frozen = frozen_parts(student) if isinstance(student, nn.Module) else []
         super().__init__(student, teacher, teacher_device=teacher_device)
+        self.frozen_parts = frozen
         self._teacher_call, self.wants_logits = teacher_call, wants_logits
         self.inherited: list[str] = []
         self.not_inherited: list[str] = []
@@ -192,6 +197,7 @@ class DenseMethod(DistillMethod):
         Raises:
             ValueError: nothing of them fits.
         """
+        assert self.teacher is not None
         self.inherited, self.not_inherited = inherit_head(self.student, self.teacher, self.form.part)
 
     @property
@@ -270,7 +276,11 @@ class DenseMethod(DistillMethod):
             teacher: a constant.
             temperature: tau.
         """
-        pairs = zip(student.logits, teacher.logits, strict=True)
+        maps = teacher.logits
+        if self.form.task == "segmentation":
+            # The student pads for its encoder and cuts its answer; the teacher answers for the padding too.
+            maps = [t[..., : s.shape[2], : s.shape[3]] for s, t in zip(student.logits, maps, strict=True)]
+        pairs = zip(student.logits, maps, strict=True)
         return torch.stack([channel_logit_loss(s, t, temperature) for s, t in pairs]).sum()
 
 

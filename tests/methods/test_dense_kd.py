@@ -6,11 +6,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from dense_nets import Segmenter, batch, detector, teacher_of
+from dense_nets import SMALL, Segmenter, batch, detector, teacher_of
 
 import fastmkd
 from fastmkd.methods.dense_bases import CWD, DPKFGD, FGD, MGD
 from fastmkd.methods.fgd import attention_weights, box_masks, imitation_loss
+from fastmkd.methods.mkd_losses import channel_logit_loss
 
 SMALL_DPK = {"encoder_depth": 1, "decoder_depth": 1, "width": 16}
 
@@ -142,6 +143,16 @@ def test_gradients_reach_everything(base, kind):
     assert all(p.requires_grad for p in student.parameters())
 
 
+@pytest.mark.parametrize("base", ["mgd", "fgd", DPKFGD(ratio=0.5, **SMALL_DPK), "fitnet", "cwd"])
+def test_heads_are_of_the_student_s_dtype(base):
+    torch.manual_seed(0)
+    method = fastmkd.DenseKD(detector().double(), teacher_of().double(), base=base)
+    assert {p.dtype for p in method.parameters()} == {torch.float64}
+    out = method(*batch(dtype=torch.float64))
+    out.loss.backward()
+    assert out.terms["base"].isfinite()
+
+
 @pytest.mark.parametrize("base", ["mgd", "fitnet", "cwd"])
 def test_segmenters_and_classifiers(base):
     method = fastmkd.DenseKD(Segmenter(), Segmenter((4, 8, 8, 12), seed=1), base=base)
@@ -152,6 +163,32 @@ def test_segmenters_and_classifiers(base):
     nets = [timm.create_model("resnet18", **narrow) for _ in range(2)]
     out = fastmkd.DenseKD(*nets, base=base, image_size=64)(torch.rand(2, 3, 64, 64), torch.tensor([1, 2]))
     out.loss.backward()
+
+
+class Padding(Segmenter):
+    """Takes any size, as `fastmkd.nn.segmenters` makes them: pads for its encoder, cuts its answer."""
+
+    def forward(self, images):
+        height, width = images.shape[2:]
+        return super().forward(F.pad(images, (0, -width % 32, 0, -height % 32)))[..., :height, :width]
+
+
+@pytest.mark.parametrize("kind", ["mkd", "dense"])
+def test_logits_of_a_segmenter_that_pads_are_compared_on_the_image(kind):
+    torch.manual_seed(0)
+    nets, options = (Padding(), Padding((4, 8, 8, 12), seed=1)), {"logits_weight": 1.0, "logits_temperature": 2.0}
+    method = (
+        fastmkd.MKD(*nets, mask_ratio=0.0, **SMALL, **options) if kind == "mkd" else fastmkd.DenseKD(*nets, **options)
+    )
+    images = torch.rand(2, 3, 60, 50)
+    out = method(images, torch.randint(0, 3, (2, 60, 50)))
+    with torch.no_grad():
+        teacher = method.teacher(F.pad(images, (0, 14, 0, 4)))[..., :60, :50]
+    expected = channel_logit_loss(out.student_output, teacher, 2.0)
+    torch.testing.assert_close(out.terms["logits"], expected.detach())
+    nets[1].segmentation_head[0] = torch.nn.Conv2d(8, 4, 1)
+    with pytest.raises(ValueError, match=r"logits have shape \(2, 3, 60, 50\) but the teacher's \(2, 4, 60, 50\)"):
+        method(images, torch.randint(0, 3, (2, 60, 50)))
 
 
 def test_refused():

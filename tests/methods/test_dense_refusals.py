@@ -85,6 +85,18 @@ def test_frozen_stages_stay_frozen(method):
     assert not any(p.requires_grad for p in frozen)
 
 
+@each_method
+def test_frozen_parts_are_named(method):
+    """Stages of one of timm's, which stand a level deeper than torchvision's; not what the method froze itself."""
+    made = {"image_size": (64, 64), "out_channels": 16}
+    narrow = {"backbone_kwargs": {"layers": (1, 1, 1, 1), "channels": (4, 4, 8, 8)}}
+    nets = [build_detector("retinanet", "timm.resnet18", 3, frozen_stages=n, **made, **narrow) for n in (1, 0)]
+    parts = METHODS[method](*nets).frozen_parts
+    assert parts == [f"backbone.body.model.{name}" for name in ("conv1", "bn1", "layer1")]
+    if method != "fgd":
+        assert METHODS[method](Segmenter(), Segmenter(seed=1)).frozen_parts == []  # it has a layer that nothing uses
+
+
 BAD_TARGETS = [
     (lambda t: t[0]["boxes"][0].copy_(torch.tensor([9.0, 9, 9, 20])), r"\['boxes'\]\[0\] is .*, a box without area"),
     (lambda t: t[0]["boxes"][1].copy_(torch.tensor([40.0, 9, 30, 20])), r"\['boxes'\]\[1\] is .* x0 < x1 and y0 < y1"),
