@@ -44,7 +44,8 @@ class DenseKD(DenseMethod):
         layers: the levels, see `fastmkd.MKD`.
         inherit: start from the teacher's neck and head, where shapes agree.
         logits_temperature: tau of the logit loss.
-        image_size: of the image on which shapes are learnt when the method is made.
+        image_size: of the image on which shapes are learnt when the method is made, and with them the patches of
+            "dpk"; None takes what a detector resizes to.
         teacher_device: keeps the teacher on this device.
         teacher_dtype: runs the teacher under autocast to this dtype; None leaves it to the caller's autocast.
         teacher_compile: runs the teacher through ``torch.compile``, see `TeacherCall`.

@@ -14,6 +14,7 @@ from .base import DistillMethod
 from .dense_checks import check_normalisation
 from .dense_logits import class_maps, head_of
 from .dense_networks import Form, Levels, form_of, pair_levels, probe_levels, read_levels, run_features, stride_of
+from .dense_sizes import resized_size, size_of_level
 from .features import eval_mode, input_shape
 from .inherit import inherit_head
 from .mkd_losses import channel_logit_loss
@@ -32,7 +33,7 @@ class LevelShape(NamedTuple):
         stride: pixels between positions.
         student_channels: C_S.
         teacher_channels: C_T.
-        size: ``(h, w)`` for the image that was tried.
+        size: ``(h, w)`` for the image that was tried; of a detector without `image_size` for one as it resizes them.
     """
 
     name: str
@@ -69,7 +70,8 @@ class DenseMethod(DistillMethod):
         student: the network to train.
         teacher: the network to learn from.
         layers: the levels: the teacher's layer by the student's; None takes those of `form_of`.
-        image_size: of the image on which shapes are learnt; None is right for any network that takes 256 pixels.
+        image_size: of the image on which shapes are learnt; None is right for any network that takes 256 pixels, and
+            has the sizes of a detector's levels from how it resizes.
         wants_logits: whether maps of class logits are read too.
         teacher_device: keeps the teacher on this device.
         teacher_dtype: runs the teacher under autocast to this dtype; None leaves it to the caller's autocast.
@@ -137,6 +139,8 @@ class DenseMethod(DistillMethod):
                 for role, network, form in (("student", student, self.form), ("teacher", teacher, self._teacher_form)):
                     head_of(network, form, role)
             self.levels = self._find_levels(student, teacher, layers, image_size)
+            if self.form.task == "detection" and image_size is None and (resized := resized_size(student)):
+                self.levels = [x._replace(size=size_of_level(resized, x.stride)) for x in self.levels]
         except (TypeError, ValueError):
             self.release()
             raise

@@ -127,6 +127,27 @@ def test_dpk_has_fgd_s_weights_of_what_it_leaves():
         DPKFGD(relation_weight=-1)
 
 
+@pytest.mark.parametrize("kind", ["retinanet", "faster_rcnn"])
+@pytest.mark.parametrize("sides", [((640, 800), 1333), ((96,), 96), ((210,), 300)])
+def test_dpk_s_patches_are_for_what_the_detector_resizes_to(kind, sides):
+    """At most 49 tokens a level of the batch that the transform makes, and not one patch less coarse than that."""
+    nets = detector(kind), teacher_of(kind)
+    for network in nets:
+        network.transform.min_size, network.transform.max_size = sides
+    shortest, longest = sides[0][-1], sides[1]
+    images = nets[0].transform.eval()([torch.zeros(3, shortest, longest)])[0].tensors  # as it comes out
+    with torch.no_grad():
+        sizes = [tuple(x.shape[2:]) for x in nets[0].backbone(images).values()]
+    method = fastmkd.DenseKD(*nets, base=DPKFGD(ratio=0.5, **SMALL_DPK))
+    assert [level.size for level in method.levels] == sizes
+    for stage, (h, w) in zip(method.heads["imitation"].levels, sizes, strict=True):
+        tokens = [-(-h // k) * -(-w // k) for k in (stage.patch_size, max(1, stage.patch_size - 1))]
+        assert tokens[0] <= 49
+        assert stage.patch_size == 1 or tokens[1] > 49
+    given = fastmkd.DenseKD(detector(kind), teacher_of(kind), base="fitnet", image_size=(128, 256))
+    assert given.levels[0].size == ((32, 64) if kind == "faster_rcnn" else (16, 32))
+
+
 @pytest.mark.parametrize("base", ["mgd", "fgd", DPKFGD(ratio=0.5, **SMALL_DPK), "fitnet", "cwd"])
 @pytest.mark.parametrize("kind", ["retinanet", "reppoints", "faster_rcnn"])
 def test_gradients_reach_everything(base, kind):
