@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models._utils import IntermediateLayerGetter
 
+from ..timm_names import names_of_timm
+
 __all__ = ["Backbone", "TimmBody", "TorchvisionBody", "build_body"]
 
 STRIDES = (4, 8, 16, 32)
@@ -131,16 +133,7 @@ class TimmBody(_Freezing):
         Args:
             weights: by timm's names.
         """
-        named = {}
-        for own in self.state_dict():
-            name = own.removeprefix("model.")
-            layer, _, rest = name.partition(".")
-            # timm makes stages_0 of stages.0 where it takes a network apart, and model.x of x where it does not.
-            for theirs in (name, f"{'.'.join(layer.rsplit('_', 1))}.{rest}", rest):
-                if theirs in weights:
-                    named[own] = weights[theirs]
-                    break
-        return named
+        return names_of_timm(self.state_dict(), weights)
 
 
 class Backbone(nn.Module):
