@@ -14,9 +14,9 @@ from .base import DistillMethod
 from .dense_checks import check_normalisation
 from .dense_logits import class_maps, head_of
 from .dense_networks import Form, Levels, form_of, pair_levels, probe_levels, read_levels, run_features, stride_of
-from .dense_sizes import resized_size, size_of_level
 from .features import eval_mode, input_shape
 from .inherit import inherit_head
+from .level_sizes import resized_size, size_of_level
 from .mkd_losses import channel_logit_loss
 from .mkd_masking import Sight
 from .teacher_call import CompileMode, TeacherCall
