@@ -214,13 +214,21 @@ class FGD(DenseBase):
         Args:
             levels: their shapes, all of the same width.
         """
+        imitation = self.imitation(levels)
+        relation = nn.ModuleList(Relation(level.teacher_channels) for level in levels)
+        return {"adapt": adapters(levels), "imitation": imitation, "relation": relation}
+
+    def imitation(self, levels: Sequence[LevelShape]) -> FGDImitation:
+        """Makes the imitation term of all levels.
+
+        Args:
+            levels: their shapes, all of the same width.
+        """
         _, other = one_width(levels)
-        imitation = FGDImitation(
+        return FGDImitation(
             other, other, [level.size for level in levels], hybrid=False, foreground_weight=self.foreground_weight,
             background_weight=self.background_weight, temperature=self.temperature,
         )  # fmt: skip
-        relation = nn.ModuleList(Relation(other) for _ in levels)
-        return {"adapt": adapters(levels), "imitation": imitation, "relation": relation}
 
     def loss(
         self, heads: nn.ModuleDict, student: Sequence[Tensor], teacher: Sequence[Tensor], step: DenseStep
@@ -236,7 +244,8 @@ class FGD(DenseBase):
         assert step.boxes is not None
         imitation, relations = cast(FGDImitation, heads["imitation"]), cast(nn.ModuleList, heads["relation"])
         adapted = adapted_levels(heads, student, teacher)
-        total: Tensor = imitation(adapted, teacher, step.boxes, step.image_size, step.epoch)
+        imitated = student if imitation.hybrid else adapted  # DPK's encoders take the student's map as it is
+        total: Tensor = imitation(imitated, teacher, step.boxes, step.image_size, step.epoch)
         for relation, s, t in zip(relations, adapted, teacher, strict=True):
             s, t = wide(s), wide(t)
             pairs = zip(attention_weights(s, self.temperature), attention_weights(t, self.temperature), strict=True)
@@ -260,8 +269,10 @@ class FGD(DenseBase):
         return adapted, {**maps, "teacher's attention": attention_weights(teacher, self.temperature)[0]}
 
 
-class DPKFGD(DenseBase):
-    """DPK for detectors: FGD's imitation with hybrid features (DPK, Eq. 9), see `fastmkd.methods.fgd`.
+class DPKFGD(FGD):
+    """DPK for detectors: FGD with hybrid features in its imitation term (DPK, Eq. 9), see `fastmkd.methods.fgd`.
+
+    The attention and relation terms are FGD's own, of the adapted student's map, with FGD's weights.
 
     Args:
         ratio: the teacher's share, see `fastmkd.DPK`.
@@ -270,13 +281,17 @@ class DPKFGD(DenseBase):
         encoder_depth: of each stage.
         decoder_depth: of each stage.
         width: of each stage.
+        attention_weight: FGD's gamma; 1e-3 and 5e-5.
+        relation_weight: FGD's lambda; 5e-6 and 5e-7.
+        temperature: of the attention.
+
+    Raises:
+        ValueError: a weight out of range.
 
     Example:
         >>> DPKFGD().needs_boxes
         True
     """
-
-    needs_boxes = True
 
     def __init__(
         self,
@@ -286,38 +301,26 @@ class DPKFGD(DenseBase):
         encoder_depth: int = 6,
         decoder_depth: int = 4,
         width: int = 512,
+        attention_weight: float = 1e-3,
+        relation_weight: float = 5e-6,
+        temperature: float = 0.5,
     ) -> None:
-        self.ratio, self.foreground_weight, self.background_weight = ratio, foreground_weight, background_weight
+        super().__init__(foreground_weight, background_weight, attention_weight, relation_weight, temperature)
+        self.ratio = ratio
         self.encoder_depth, self.decoder_depth, self.width = encoder_depth, decoder_depth, width
 
-    def heads(self, levels: Sequence[LevelShape]) -> dict[str, nn.Module]:
-        """The imitation term, with two encoders and a decoder for each level.
+    def imitation(self, levels: Sequence[LevelShape]) -> FGDImitation:
+        """Makes the imitation term, with two encoders and a decoder for each level.
 
         Args:
             levels: their shapes, all of the same width.
         """
         own, other = one_width(levels)
-        imitation = FGDImitation(
+        return FGDImitation(
             own, other, [level.size for level in levels], ratio=self.ratio, foreground_weight=self.foreground_weight,
-            background_weight=self.background_weight, encoder_depth=self.encoder_depth,
+            background_weight=self.background_weight, temperature=self.temperature, encoder_depth=self.encoder_depth,
             decoder_depth=self.decoder_depth, width=self.width,
         )  # fmt: skip
-        return {"imitation": imitation}
-
-    def loss(
-        self, heads: nn.ModuleDict, student: Sequence[Tensor], teacher: Sequence[Tensor], step: DenseStep
-    ) -> Tensor:
-        """Returns the imitation term.
-
-        Args:
-            heads: of all levels.
-            student: of each level.
-            teacher: of each level.
-            step: its boxes, its size and its epoch count.
-        """
-        assert step.boxes is not None
-        loss: Tensor = heads["imitation"](student, teacher, step.boxes, step.image_size, step.epoch)
-        return loss
 
     def view(
         self, heads: nn.ModuleDict, at: int, student: Tensor, teacher: Tensor, epoch: int
@@ -335,5 +338,5 @@ class DPKFGD(DenseBase):
         hybrid = imitation.predict(at, student, teacher, epoch)
         return hybrid, {
             "hybrid features": hybrid,
-            "teacher's attention": attention_weights(teacher, imitation.temperature)[0],
+            "teacher's attention": attention_weights(teacher, self.temperature)[0],
         }

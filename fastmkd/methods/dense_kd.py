@@ -44,7 +44,8 @@ class DenseKD(DenseMethod):
         layers: the levels, see `fastmkd.MKD`.
         inherit: start from the teacher's neck and head, where shapes agree.
         logits_temperature: tau of the logit loss.
-        image_size: of the image on which shapes are learnt when the method is made.
+        image_size: of the image on which shapes are learnt when the method is made, and with them the patches of
+            "dpk"; None takes what a detector resizes to.
         teacher_device: keeps the teacher on this device.
         teacher_dtype: runs the teacher under autocast to this dtype; None leaves it to the caller's autocast.
         teacher_compile: runs the teacher through ``torch.compile``, see `TeacherCall`.
@@ -97,7 +98,8 @@ class DenseKD(DenseMethod):
         except (TypeError, ValueError):
             self.release()
             raise
-        self.heads.to(next(student.parameters()).device)
+        first = next(student.parameters())
+        self.heads.to(device=first.device, dtype=first.dtype)
         self.base, self.weight, self.logits_weight = chosen, float(weight), float(logits_weight)
         self.logits_temperature, self.epoch = float(logits_temperature), 0
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nn.frozen import frozen_parts
 from .base import DistillMethod
 from .dense_checks import check_normalisation
 from .dense_logits import class_maps, head_of
@@ -16,6 +17,7 @@ from .dense_networks import Form, Levels, form_of, pair_levels, probe_levels, re
 from .dense_strides import last_stage, level_strides
 from .features import eval_mode, input_shape
 from .inherit import inherit_head
+from .level_sizes import resized_size, size_of_level
 from .mkd_losses import channel_logit_loss
 from .mkd_masking import Sight
 from .teacher_call import CompileMode, TeacherCall
@@ -32,7 +34,7 @@ class LevelShape(NamedTuple):
         stride: pixels between positions.
         student_channels: C_S.
         teacher_channels: C_T.
-        size: ``(h, w)`` for the image that was tried.
+        size: ``(h, w)`` for the image that was tried; of a detector without `image_size` for one as it resizes them.
     """
 
     name: str
@@ -69,7 +71,8 @@ class DenseMethod(DistillMethod):
         student: the network to train.
         teacher: the network to learn from.
         layers: the levels: the teacher's layer by the student's; None takes those of `form_of`.
-        image_size: of the image on which shapes are learnt; None is right for any network that takes 256 pixels.
+        image_size: of the image on which shapes are learnt; None is right for any network that takes 256 pixels, and
+            has the sizes of a detector's levels from how it resizes.
         wants_logits: whether maps of class logits are read too.
         teacher_device: keeps the teacher on this device.
         teacher_dtype: runs the teacher under autocast to this dtype; None leaves it to the caller's autocast.
@@ -79,6 +82,7 @@ class DenseMethod(DistillMethod):
     Attributes:
         levels: a `LevelShape` for each pair.
         part_stride: pixels between positions of the coarsest map that the part makes.
+        frozen_parts: names of the largest parts of the student that came frozen and stay so, such as first stages.
         inherited: names that the student began with from the teacher, see `inherit`.
         not_inherited: names of its neck and head that do not fit the teacher's.
 
@@ -107,7 +111,10 @@ class DenseMethod(DistillMethod):
         if not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher is a {type(teacher).__name__}; expected a torch.nn.Module.")
         teacher_call = TeacherCall(_observe_teacher, teacher_dtype, teacher_compile)
+        # Before the method freezes anything itself.
+        frozen = frozen_parts(student) if isinstance(student, nn.Module) else []
         super().__init__(student, teacher, teacher_device=teacher_device)
+        self.frozen_parts = frozen
         self._teacher_call, self.wants_logits = teacher_call, wants_logits
         self.inherited: list[str] = []
         self.not_inherited: list[str] = []
@@ -133,6 +140,8 @@ class DenseMethod(DistillMethod):
                 for role, network, form in (("student", student, self.form), ("teacher", teacher, self._teacher_form)):
                     head_of(network, form, role)
             self.levels = self._find_levels(student, teacher, layers, image_size)
+            if self.form.task == "detection" and image_size is None and (resized := resized_size(student)):
+                self.levels = [x._replace(size=size_of_level(resized, x.stride)) for x in self.levels]
         except (TypeError, ValueError):
             self.release()
             raise
@@ -204,6 +213,7 @@ class DenseMethod(DistillMethod):
         Raises:
             ValueError: nothing of them fits.
         """
+        assert self.teacher is not None
         self.inherited, self.not_inherited = inherit_head(self.student, self.teacher, self.form.part)
 
     @property
@@ -284,7 +294,11 @@ class DenseMethod(DistillMethod):
             teacher: a constant.
             temperature: tau.
         """
-        pairs = zip(student.logits, teacher.logits, strict=True)
+        maps = teacher.logits
+        if self.form.task == "segmentation":
+            # The student pads for its encoder and cuts its answer; the teacher answers for the padding too.
+            maps = [t[..., : s.shape[2], : s.shape[3]] for s, t in zip(student.logits, maps, strict=True)]
+        pairs = zip(student.logits, maps, strict=True)
         return torch.stack([channel_logit_loss(s, t, temperature) for s, t in pairs]).sum()
 
 

@@ -80,7 +80,7 @@ class MKD(DenseMethod):
 
     Attributes:
         levels: a `fastmkd.methods.dense_method.LevelShape` for each level.
-        frozen_parts: children of the backbone that came frozen and stay so.
+        frozen_parts: names of the largest parts of the student that came frozen and stay so.
 
     Raises:
         ValueError: an argument out of range, networks or levels that do not belong together.
@@ -151,7 +151,6 @@ class MKD(DenseMethod):
         except (TypeError, ValueError):
             self.release()
             raise
-        self._came_frozen = _frozen_children(part, self._frozen_student)
         self._make_heads(decoder_width, decoder_depth, decoder_heads, mlp_ratio)
 
     def _make_heads(self, width: int, depth: int, heads: int, mlp_ratio: float) -> None:
@@ -174,11 +173,6 @@ class MKD(DenseMethod):
         if self.global_weight:
             self.heads["relations"] = nn.ModuleList(Relation(level.teacher_channels) for level in self.levels)
         self.heads.to(device=weight.device, dtype=weight.dtype)
-
-    @property
-    def frozen_parts(self) -> list[str]:
-        """Children of the backbone whose parameters came frozen, as torchvision's first stages."""
-        return self._came_frozen
 
     def release(self) -> nn.Module:
         """Gives both networks back, the backbone with its ordinary layers."""
@@ -336,13 +330,3 @@ class MKD(DenseMethod):
         levels = ", ".join(f"{level.name} (1/{level.stride})" for level in self.levels)
         frozen = ", ".join(self.frozen_parts) or "nothing"
         return f"{self.form.task}, masked {self.form.part or 'network'!r}, levels {levels}, came frozen: {frozen}"
-
-
-def _frozen_children(part: nn.Module, frozen_here: Sequence[str]) -> list[str]:
-    """Children with parameters of which none is trained; what the method froze itself does not count."""
-    names = []
-    for name, child in part.named_children():
-        parameters = list(child.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            names.append(name)
-    return [name for name in names if not any(f".{name}." in f".{other}" for other in frozen_here)]

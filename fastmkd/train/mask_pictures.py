@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..methods.task_loss import IGNORE
 from .errors import UserError, shorten
 from .pictures import SUFFIXES, open_picture
 
@@ -18,7 +19,6 @@ __all__ = ["IGNORE", "SCENES", "MaskPictures", "MaskSet", "open_cityscapes", "op
 
 Array = np.ndarray[Any, Any]
 
-IGNORE = 255  # the class of pixels that do not count
 SCENES = "make the set with: fastmkd scenes OUT, and point data.root at OUT"
 WRONG = -1  # in a table: an id that no mask may hold
 

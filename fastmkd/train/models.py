@@ -181,7 +181,8 @@ def load_weights(model: nn.Module, path: str | Path, role: str, classifier: bool
     Raises:
         UserError: keys or shapes differ (all are listed, up to a few of each kind), or the file cannot be read.
     """
-    from ..nn.segmenters import encoder_of, names_of_timm
+    from ..nn.segmenters import encoder_of
+    from ..nn.timm_names import names_of_timm
     from .encoder_checkpoint import find_layout, load_encoder
 
     state, own = read_state_dict(path), model.state_dict()

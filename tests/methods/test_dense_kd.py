@@ -6,11 +6,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from dense_nets import Segmenter, batch, detector, teacher_of
+from dense_nets import SMALL, Segmenter, batch, detector, teacher_of
 
 import fastmkd
 from fastmkd.methods.dense_bases import CWD, DPKFGD, FGD, MGD
 from fastmkd.methods.fgd import attention_weights, box_masks, imitation_loss
+from fastmkd.methods.mkd_losses import channel_logit_loss
 
 SMALL_DPK = {"encoder_depth": 1, "decoder_depth": 1, "width": 16}
 
@@ -70,23 +71,81 @@ def test_mgd_hides_its_share_of_positions():
     assert 0.2 < share < 0.3  # 4 x 2 x 144 draws: three deviations are 0.04
 
 
-def test_fgd_by_hand():
-    method, (images, targets) = make(FGD(1e-2, 2e-2, 3e-2, 4e-4)), batch()
-    for blocks in method.heads["relation"]:
-        for block in (blocks.student, blocks.teacher):
-            torch.nn.init.normal_(block.transform[-1].weight, std=0.2)
-    out = method(images, targets)
+def attention_and_relation_by_hand(method, student, teacher):
+    """FGD's terms besides its imitation, of adapted maps, with weights 3e-2 and 4e-4."""
     total = 0.0
-    boxes = [target["boxes"] for target in targets]  # images keep their size here
-    for adapt, relation, s, t in zip(
-        method.heads["adapt"], method.heads["relation"], *levels_of(method, images), strict=True
-    ):
-        s = adapt(s)
-        total = total + imitation_loss(s, t, *box_masks(boxes, (96, 96), t.shape[2:]), 1e-2, 2e-2)
+    for relation, s, t in zip(method.heads["relation"], student, teacher, strict=True):
         (ss, sc), (ts, tc) = attention_weights(s), attention_weights(t)
         total = total + 3e-2 * ((ss - ts).abs().sum() + (sc - tc).abs().sum()) / 2
         total = total + 4e-4 * (relation.student(s) - relation.teacher(t)).square().sum() / 2
+    return total
+
+
+def stir_relations(method):
+    """Context blocks begin as the identity, whatever their weights."""
+    for blocks in method.heads["relation"]:
+        for block in (blocks.student, blocks.teacher):
+            torch.nn.init.normal_(block.transform[-1].weight, std=0.2)
+
+
+def test_fgd_by_hand():
+    method, (images, targets) = make(FGD(1e-2, 2e-2, 3e-2, 4e-4)), batch()
+    stir_relations(method)
+    out = method(images, targets)
+    boxes = [target["boxes"] for target in targets]  # images keep their size here
+    student, teacher = levels_of(method, images)
+    student = [adapt(s) for adapt, s in zip(method.heads["adapt"], student, strict=True)]
+    total = attention_and_relation_by_hand(method, student, teacher)
+    for s, t in zip(student, teacher, strict=True):
+        total = total + imitation_loss(s, t, *box_masks(boxes, (96, 96), t.shape[2:]), 1e-2, 2e-2)
     torch.testing.assert_close(out.terms["base"], total.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_dpk_replaces_the_imitation_term_of_fgd_and_nothing_else():
+    base = DPKFGD(0.5, 1e-2, 2e-2, attention_weight=3e-2, relation_weight=4e-4, **SMALL_DPK)
+    method, (images, targets) = make(base), batch()
+    stir_relations(method)
+    hybrids = []
+    for stage in method.heads["imitation"].levels:
+        stage.register_forward_hook(lambda _m, _a, out: hybrids.append(out.detach()))
+    out = method(images, targets)
+    boxes = [target["boxes"] for target in targets]
+    student, teacher = levels_of(method, images)
+    student = [adapt(s) for adapt, s in zip(method.heads["adapt"], student, strict=True)]
+    rest = attention_and_relation_by_hand(method, student, teacher)
+    total = rest
+    for hybrid, t in zip(hybrids, teacher, strict=True):
+        total = total + imitation_loss(hybrid, t, *box_masks(boxes, (96, 96), t.shape[2:]), 1e-2, 2e-2)
+    torch.testing.assert_close(out.terms["base"], total.detach(), rtol=1e-4, atol=1e-4)
+    assert rest > 0.05 * total  # a comparison that would notice either term's absence
+
+
+def test_dpk_has_fgd_s_weights_of_what_it_leaves():
+    for name in ("attention_weight", "relation_weight", "temperature"):
+        assert getattr(DPKFGD(), name) == getattr(FGD(), name)
+    with pytest.raises(ValueError, match="relation_weight is -1"):
+        DPKFGD(relation_weight=-1)
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "faster_rcnn"])
+@pytest.mark.parametrize("sides", [((640, 800), 1333), ((96,), 96), ((210,), 300)])
+def test_dpk_s_patches_are_for_what_the_detector_resizes_to(kind, sides):
+    """At most 49 tokens a level of the batch that the transform makes, and not one patch less coarse than that."""
+    nets = detector(kind), teacher_of(kind)
+    for network in nets:
+        network.transform.min_size, network.transform.max_size = sides
+    shortest, longest = sides[0][-1], sides[1]
+    images = nets[0].transform.eval()([torch.zeros(3, shortest, longest)])[0].tensors  # as it comes out
+    with torch.no_grad():
+        sizes = [tuple(x.shape[2:]) for x in nets[0].backbone(images).values()]
+    method = fastmkd.DenseKD(*nets, base=DPKFGD(ratio=0.5, **SMALL_DPK))
+    assert [level.size for level in method.levels] == sizes
+    for stage, (h, w) in zip(method.heads["imitation"].levels, sizes, strict=True):
+        tokens = [-(-h // k) * -(-w // k) for k in (stage.patch_size, max(1, stage.patch_size - 1))]
+        assert tokens[0] <= 49
+        assert stage.patch_size == 1 or tokens[1] > 49
+    given = fastmkd.DenseKD(detector(kind), teacher_of(kind), base="fitnet", image_size=(128, 256))
+    assert given.levels[0].size == ((32, 64) if kind == "faster_rcnn" else (16, 32))
 
 
 @pytest.mark.parametrize("base", ["mgd", "fgd", DPKFGD(ratio=0.5, **SMALL_DPK), "fitnet", "cwd"])
@@ -105,6 +164,16 @@ def test_gradients_reach_everything(base, kind):
     assert all(p.requires_grad for p in student.parameters())
 
 
+@pytest.mark.parametrize("base", ["mgd", "fgd", DPKFGD(ratio=0.5, **SMALL_DPK), "fitnet", "cwd"])
+def test_heads_are_of_the_student_s_dtype(base):
+    torch.manual_seed(0)
+    method = fastmkd.DenseKD(detector().double(), teacher_of().double(), base=base)
+    assert {p.dtype for p in method.parameters()} == {torch.float64}
+    out = method(*batch(dtype=torch.float64))
+    out.loss.backward()
+    assert out.terms["base"].isfinite()
+
+
 @pytest.mark.parametrize("base", ["mgd", "fitnet", "cwd"])
 def test_segmenters_and_classifiers(base):
     method = fastmkd.DenseKD(Segmenter(), Segmenter((4, 8, 8, 12), seed=1), base=base)
@@ -115,6 +184,32 @@ def test_segmenters_and_classifiers(base):
     nets = [timm.create_model("resnet18", **narrow) for _ in range(2)]
     out = fastmkd.DenseKD(*nets, base=base, image_size=64)(torch.rand(2, 3, 64, 64), torch.tensor([1, 2]))
     out.loss.backward()
+
+
+class Padding(Segmenter):
+    """Takes any size, as `fastmkd.nn.segmenters` makes them: pads for its encoder, cuts its answer."""
+
+    def forward(self, images):
+        height, width = images.shape[2:]
+        return super().forward(F.pad(images, (0, -width % 32, 0, -height % 32)))[..., :height, :width]
+
+
+@pytest.mark.parametrize("kind", ["mkd", "dense"])
+def test_logits_of_a_segmenter_that_pads_are_compared_on_the_image(kind):
+    torch.manual_seed(0)
+    nets, options = (Padding(), Padding((4, 8, 8, 12), seed=1)), {"logits_weight": 1.0, "logits_temperature": 2.0}
+    method = (
+        fastmkd.MKD(*nets, mask_ratio=0.0, **SMALL, **options) if kind == "mkd" else fastmkd.DenseKD(*nets, **options)
+    )
+    images = torch.rand(2, 3, 60, 50)
+    out = method(images, torch.randint(0, 3, (2, 60, 50)))
+    with torch.no_grad():
+        teacher = method.teacher(F.pad(images, (0, 14, 0, 4)))[..., :60, :50]
+    expected = channel_logit_loss(out.student_output, teacher, 2.0)
+    torch.testing.assert_close(out.terms["logits"], expected.detach())
+    nets[1].segmentation_head[0] = torch.nn.Conv2d(8, 4, 1)
+    with pytest.raises(ValueError, match=r"logits have shape \(2, 3, 60, 50\) but the teacher's \(2, 4, 60, 50\)"):
+        method(images, torch.randint(0, 3, (2, 60, 50)))
 
 
 def test_refused():

@@ -13,6 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 import fastmkd
+from fastmkd.nn.detectors import DETECTORS, build_detector
 
 METHODS = {
     "mkd": lambda student, teacher, **options: fastmkd.MKD(student, teacher, mask_ratio=0.3, **SMALL, **options),
@@ -84,6 +85,18 @@ def test_frozen_stages_stay_frozen(method):
     assert not any(p.requires_grad for p in frozen)
 
 
+@each_method
+def test_frozen_parts_are_named(method):
+    """Stages of one of timm's, which stand a level deeper than torchvision's; not what the method froze itself."""
+    made = {"image_size": (64, 64), "out_channels": 16}
+    narrow = {"backbone_kwargs": {"layers": (1, 1, 1, 1), "channels": (4, 4, 8, 8)}}
+    nets = [build_detector("retinanet", "timm.resnet18", 3, frozen_stages=n, **made, **narrow) for n in (1, 0)]
+    parts = METHODS[method](*nets).frozen_parts
+    assert parts == [f"backbone.body.model.{name}" for name in ("conv1", "bn1", "layer1")]
+    if method != "fgd":
+        assert METHODS[method](Segmenter(), Segmenter(seed=1)).frozen_parts == []  # it has a layer that nothing uses
+
+
 BAD_TARGETS = [
     (lambda t: t[0]["boxes"][0].copy_(torch.tensor([9.0, 9, 9, 20])), r"\['boxes'\]\[0\] is .*, a box without area"),
     (lambda t: t[0]["boxes"][1].copy_(torch.tensor([40.0, 9, 30, 20])), r"\['boxes'\]\[1\] is .* x0 < x1 and y0 < y1"),
@@ -116,7 +129,29 @@ def test_bad_boxes_and_labels_of_every_detector(kind):
                     made(images, targets)
         with pytest.raises(TypeError, match=r"images of a detector must be a list of \(C, H, W\) tensors"):
             made(torch.rand(2, 3, 96, 96), batch()[1])
+        with pytest.raises(ValueError, match="images is empty; give a detector at least one image"):
+            made([], [])
         made.release()
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_labels_of_built_detectors_begin_at_1(kind):
+    """Those from 0 would train one-stage detectors that are one class off."""
+    small = {"backbone_kwargs": {"layers": (1, 1, 1, 1), "channels": (4, 4, 8, 8)}, "image_size": (64, 64)}
+    more = {"faster_rcnn": {"representation_size": 8}, "reppoints": {"width": 8}}.get(kind, {})
+    made = fastmkd.Supervised(build_detector(kind, "timm.resnet18", 3, out_channels=64, **small, **more))
+    images, targets = batch()
+    assert made(images, targets).loss.isfinite()  # 1 and 3
+    for label in (0, 4):
+        targets[0]["labels"] = torch.tensor([1, label])
+        with pytest.raises(ValueError, match=f"holds {label}, but this detector has the classes 1 to 3"):
+            made(images, targets)
+
+
+def test_torchvision_s_own_one_stage_detectors_may_have_a_class_0():
+    images, targets = batch()
+    targets[0]["labels"] = torch.tensor([0, 3])
+    assert fastmkd.Supervised(detector("retinanet"))(images, targets).loss.isfinite()
 
 
 BAD_MASKS = [

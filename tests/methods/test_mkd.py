@@ -228,8 +228,8 @@ def test_frozen_stages_stay_frozen_and_are_named():
     for name in ("conv1", "bn1", "layer1"):
         student.backbone.body[name].requires_grad_(False)
     method = fastmkd.MKD(student, teacher_of(), mask_ratio=0.3, **SMALL)
-    assert method.frozen_parts == ["conv1", "bn1", "layer1"]
-    assert "conv1, bn1, layer1" in repr(method)
+    assert method.frozen_parts == [f"backbone.body.{name}" for name in ("conv1", "bn1", "layer1")]
+    assert "came frozen: backbone.body.conv1, backbone.body.bn1, backbone.body.layer1" in repr(method)
     method(*batch()).loss.backward()
     assert student.backbone.body["conv1"].weight.grad is None
     assert all(p.grad is not None for p in student.parameters() if p.requires_grad)

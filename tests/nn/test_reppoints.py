@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,10 +197,11 @@ def test_detections_keep_to_their_limits():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"boxes": torch.tensor([[5.0, 5, 5, 9]])}, r"box \[5.0, 5.0, 5.0, 9.0\] of image 0 has no area"),
-        ({"boxes": torch.zeros(1, 5)}, r"boxes \(1, 5\) and 1 labels"),
-        ({"labels": torch.tensor([4])}, r"labels of image 0 run from 4 to 4; expected 1 to 3"),
-        ({"labels": torch.tensor([0])}, r"run from 0 to 0"),
+        ({"boxes": torch.tensor([[5.0, 5, 5, 9]])}, r"\['boxes'\]\[0\] is \[5.0, 5.0, 5.0, 9.0\], a box without area"),
+        ({"boxes": torch.tensor([[5.0, 5, math.nan, 9]])}, r"\['boxes'\]\[0\] is \[5.0, 5.0, nan, 9.0\], no box"),
+        ({"boxes": torch.zeros(1, 5)}, r"\['boxes'\] has shape \(1, 5\); expected \(n, 4\)"),
+        ({"labels": torch.tensor([4])}, r"\['labels'\] holds 4, but this detector has the classes 1 to 3"),
+        ({"labels": torch.tensor([0])}, r"\['labels'\] holds 0, but"),
     ],
 )
 def test_bad_targets_are_refused(change, said):
@@ -210,6 +213,8 @@ def test_bad_targets_are_refused(change, said):
 def test_a_pyramid_of_other_strides_and_missing_targets_are_refused():
     with pytest.raises(ValueError, match="targets is None for 1 images"):
         tiny()([torch.zeros(3, 64, 64)])
+    with pytest.raises(ValueError, match="images is empty; give a detector at least one image"):
+        tiny()([], [])
     model = RepPoints(TinyPyramid(), 4, 64, 64, strides=(8, 16, 32), width=32)
     with pytest.raises(ValueError, match="Give the strides of its levels"):
         model.eval()([torch.zeros(3, 64, 64)])

@@ -6,7 +6,9 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 
+import fastmkd.nn.segmenters
 from fastmkd.nn.segmenters import SEGMENTERS, build_segmenter
+from fastmkd.nn.timm_names import names_of_timm
 
 
 @pytest.mark.parametrize("name", [name for name, (package, _) in SEGMENTERS.items() if package == "smp"])
@@ -54,6 +56,14 @@ def test_encoders_of_timm_and_other_channels():
     net = build_segmenter("deeplabv3", "tu-mobilenetv3_small_050", num_classes=2, in_channels=1).eval()
     with torch.no_grad():
         assert net(torch.randn(1, 1, 40, 40)).shape == (1, 2, 40, 40)
+
+
+def test_weights_of_a_classifier_whether_timm_takes_it_apart_or_not():
+    one, two, three = (torch.full((1,), float(i)) for i in range(3))
+    whole = {"stages.0.conv.weight": one, "blocks.0.norm.weight": two, "layer1.0.bn1.bias": three, "fc.weight": one}
+    own = ["model.stages_0.conv.weight", "model.model.blocks.0.norm.weight", "layer1.0.bn1.bias", "model.other.weight"]
+    assert names_of_timm(own, whole) == dict(zip(own, [one, two, three], strict=False))
+    assert fastmkd.nn.segmenters.names_of_timm is names_of_timm
 
 
 def test_gradients_reach_every_parameter():

@@ -1,6 +1,7 @@
 """Detectors on any backbone with a feature pyramid; needs torchvision, which nothing else in `fastmkd.nn` does."""
 
-from .body import Backbone, TimmBody, TorchvisionBody, build_body, frozen_parts
+from ..frozen import frozen_parts
+from .body import Backbone, TimmBody, TorchvisionBody, build_body
 from .build import DETECTORS, build_detector
 
 __all__ = [

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models._utils import IntermediateLayerGetter
 
-__all__ = ["Backbone", "TimmBody", "TorchvisionBody", "build_body", "frozen_parts"]
+from ..timm_names import names_of_timm
+
+__all__ = ["Backbone", "TimmBody", "TorchvisionBody", "build_body"]
 
 STRIDES = (4, 8, 16, 32)
 # Ends of the stages in torchvision's MobileNetV2; the 1280 channels behind the last one belong to its classifier.
@@ -131,16 +133,7 @@ class TimmBody(_Freezing):
         Args:
             weights: by timm's names.
         """
-        named = {}
-        for own in self.state_dict():
-            name = own.removeprefix("model.")
-            layer, _, rest = name.partition(".")
-            # timm makes stages_0 of stages.0 where it takes a network apart, and model.x of x where it does not.
-            for theirs in (name, f"{'.'.join(layer.rsplit('_', 1))}.{rest}", rest):
-                if theirs in weights:
-                    named[own] = weights[theirs]
-                    break
-        return named
+        return names_of_timm(self.state_dict(), weights)
 
 
 class Backbone(nn.Module):
@@ -229,23 +222,3 @@ def build_body(
         raise ValueError(f"backbone is {name!r}, which neither torchvision nor timm knows.{hint}")
     body.freeze(children, ends, frozen_stages, norm_eval)
     return body, channels[-maps:]
-
-
-def frozen_parts(network: nn.Module) -> list[str]:
-    """Names the largest parts of a network none of whose weights learn.
-
-    Args:
-        network: any.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
-        >>> frozen_parts(net)
-        ['0']
-    """
-    found: list[str] = []
-    for name, part in network.named_modules():
-        parameters = list(part.parameters())
-        inside = any(name.startswith(f"{whole}.") for whole in found)
-        if name and parameters and not inside and not any(p.requires_grad for p in parameters):
-            found.append(name)
-    return found

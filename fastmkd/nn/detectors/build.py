@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
@@ -18,6 +17,7 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from .body import Backbone, build_body
+from .precision import Anchors, keep_boxes_wide
 from .reppoints import RepPoints
 
 __all__ = ["DETECTORS", "build_detector"]
@@ -47,7 +47,8 @@ def build_detector(
 
     Images are a list of ``(3, H, W)`` in [0, 1] of any sizes, targets a list of dicts with ``boxes`` ``(n, 4)`` as
     corners x0 y0 x1 y1 in pixels and ``labels`` ``(n,)`` from 1. ``model.transform`` resizes, normalises and pads,
-    ``model.backbone.body`` gives maps and ``model.backbone.fpn`` levels.
+    ``model.backbone.body`` gives maps and ``model.backbone.fpn`` levels. Under autocast boxes stay in float32.
+    ``model.num_classes`` counts the background.
 
     Args:
         name: retinanet, fcos, faster_rcnn or reppoints (the keys of `DETECTORS`).
@@ -102,7 +103,10 @@ def build_detector(
         "image_mean": list(image_mean),
         "image_std": list(image_std),
     }
-    return make(Backbone(body, fpn, out_channels), num_classes, anchor_sizes, **resizing, **kwargs)
+    model: Any = make(Backbone(body, fpn, out_channels), num_classes, anchor_sizes, **resizing, **kwargs)
+    model.num_classes = num_classes + 1  # torchvision's count
+    detector: nn.Module = model
+    return detector
 
 
 def _checked_size(image_size: Sequence[Any]) -> tuple[tuple[int, ...], int]:
@@ -116,8 +120,8 @@ def _checked_size(image_size: Sequence[Any]) -> tuple[tuple[int, ...], int]:
     return sides, longer
 
 
-def _anchors(sizes: Sequence[Sequence[int]], ratios: Sequence[float]) -> AnchorGenerator:
-    return AnchorGenerator(tuple(tuple(level) for level in sizes), (tuple(ratios),) * len(sizes))
+def _anchors(sizes: Sequence[Sequence[int]], ratios: Sequence[float]) -> Anchors:
+    return Anchors(tuple(tuple(level) for level in sizes), (tuple(ratios),) * len(sizes))
 
 
 def _retinanet(backbone: Backbone, num_classes: int, anchor_sizes: Sequence[int] | None, **kwargs: Any) -> nn.Module:
@@ -161,7 +165,9 @@ def _make(kind: type[nn.Module], backbone: Backbone, **kwargs: Any) -> nn.Module
     unknown = sorted(kwargs.keys() - known)
     if unknown:
         raise TypeError(f"{kind.__name__} does not know {', '.join(unknown)}.")
-    return kind(backbone, **kwargs)
+    detector = kind(backbone, **kwargs)
+    keep_boxes_wide(detector)
+    return detector
 
 
 def _two_more(out_channels: int) -> ExtraFPNBlock:

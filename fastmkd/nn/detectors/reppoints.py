@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import DeformConv2d, batched_nms, box_iou, clip_boxes_to_image, sigmoid_focal_loss
 
+from ..box_checks import check_boxes
+from .precision import widen
 from .reppoints_targets import BASE, IGNORED, assign_by_centre, assign_by_overlap, boxes_from_points, centres
 
 __all__ = ["RepPoints", "RepPointsHead", "tap_offsets"]
@@ -89,11 +91,10 @@ class RepPointsHead(nn.Module):
         out = []
         for level in levels:
             for_class, for_points = self.class_tower(level), self.point_tower(level)
-            guess = self.guess(for_points)
+            guess = widen(self.guess(for_points))
             where = tap_offsets(SAMPLING_GRADIENT * guess + (1 - SAMPLING_GRADIENT) * guess.detach())
-            where = where.to(for_class.dtype)
-            logits = self.class_out(self.class_sample(for_class, where))
-            moved = self.point_out(self.point_sample(for_points, where))
+            logits = self.class_out(_sample(self.class_sample, for_class, where))
+            moved = self.point_out(_sample(self.point_sample, for_points, where))
             out.append((logits, guess, guess.detach() + moved))
         return out
 
@@ -167,8 +168,9 @@ class RepPoints(nn.Module):
             boxes, labels, scores, best first.
 
         Raises:
-            ValueError: targets missing or not one for each image, boxes of a wrong shape or without area, labels out of
-                range, or a pyramid whose levels are not those of `strides`.
+            ValueError: targets missing or not one for each image, no image, boxes of a wrong shape, not finite or
+                without area, labels out of range, or a pyramid whose levels are not those of `strides`.
+            TypeError: targets of another type, labels that are not int64.
         """
         if self.training:
             targets = self._checked(images, targets)
@@ -180,7 +182,7 @@ class RepPoints(nn.Module):
         sizes = [(level.shape[-2], level.shape[-1]) for level in levels]
         outputs = self.head(levels)
         logits, guess, points = (
-            torch.cat([part.flatten(2).transpose(1, 2) for part in parts], dim=1).float()  # (B, L, channels)
+            widen(torch.cat([part.flatten(2).transpose(1, 2) for part in parts], dim=1))  # (B, L, channels)
             for parts in zip(*outputs, strict=True)
         )
         places, steps = centres(sizes, self.strides, logits.device)
@@ -248,26 +250,9 @@ class RepPoints(nn.Module):
         return {"boxes": places[keep], "labels": labels[keep], "scores": scores[keep]}
 
     def _checked(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> list[dict[str, Tensor]]:
-        if targets is None or len(targets) != len(images):
-            given = "None" if targets is None else f"{len(targets)} dicts"
-            raise ValueError(f"targets is {given} for {len(images)} images; in training each image needs one.")
-        for number, target in enumerate(targets):
-            boxes, labels = target["boxes"], target["labels"]
-            if boxes.dim() != 2 or boxes.shape[-1] != 4 or len(boxes) != len(labels):
-                raise ValueError(
-                    f"image {number} has boxes {tuple(boxes.shape)} and {len(labels)} labels; expected (n, 4) and n."
-                )
-            flat = (boxes[:, 2:] <= boxes[:, :2]).any(1)
-            if flat.any():
-                raise ValueError(
-                    f"box {boxes[flat][0].tolist()} of image {number} has no area; expected corners x0 < x1 and "
-                    "y0 < y1; leave such boxes out."
-                )
-            if len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-                raise ValueError(
-                    f"labels of image {number} run from {int(labels.min())} to {int(labels.max())}; expected 1 to "
-                    f"{self.num_classes - 1}, as 0 is the background."
-                )
+        if targets is None:
+            raise ValueError(f"targets is None for {len(images)} images; in training each image needs one.")
+        check_boxes(images, targets, (1, self.num_classes - 1), on_any_device=True)
         return targets
 
     def _check_levels(self, levels: list[Tensor], size: Sequence[int]) -> None:
@@ -278,6 +263,14 @@ class RepPoints(nn.Module):
                 f"the backbone gave levels of sizes {given} for images of {tuple(size)}; with strides {self.strides} "
                 f"expected {expected}. Give the strides of its levels."
             )
+
+
+def _sample(layer: DeformConv2d, x: Tensor, where: Tensor) -> Tensor:
+    """A deformable convolution in the dtype of its weights; on CPUs torchvision has none for autocast's bfloat16."""
+    dtype = layer.weight.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        sampled: Tensor = layer(x.to(dtype), where.to(dtype))
+    return sampled
 
 
 def _corner_loss(boxes: Tensor, truth: Tensor, steps: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..timm_names import names_of_timm
 
 __all__ = ["SEGMENTERS", "build_segmenter", "encoder_of", "names_of_timm"]
 
@@ -86,29 +87,6 @@ def encoder_of(model: Any) -> nn.Module | None:
         encoder: nn.Module = model.encoder
         return encoder
     return model.backbone if hasattr(model, "backbone") and hasattr(model, "classifier") else None
-
-
-def names_of_timm(own: Iterable[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gives weights of a classifier the names that they have in an encoder; what the encoder lacks is left out.
-
-    Args:
-        own: names in the encoder.
-        weights: by the classifier's names.
-
-    Example:
-        >>> import torch
-        >>> list(names_of_timm(["model.stages_0.conv.weight"], {"stages.0.conv.weight": torch.zeros(1)}))
-        ['model.stages_0.conv.weight']
-    """
-    named = {}
-    for name in own:
-        layer, _, rest = name.removeprefix("model.").partition(".")
-        # timm makes stages_0 of stages.0 where it takes a network apart.
-        for theirs in (f"{layer}.{rest}", f"{'.'.join(layer.rsplit('_', 1))}.{rest}"):
-            if theirs in weights:
-                named[name] = weights[theirs]
-                break
-    return named
 
 
 class _AnySize:

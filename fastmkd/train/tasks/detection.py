@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...nn.frozen import frozen_parts
 from ..errors import shorten
 from ..schema import AugmentRecipe
 from .base import Finish, Reader, Task
@@ -56,8 +57,6 @@ class Detection(Task):
 
     def notes(self, student: nn.Module) -> list[str]:
         """Names what is frozen."""
-        from ...nn.detectors import frozen_parts
-
         frozen = frozen_parts(student)
         return [f"frozen in the student: {shorten(frozen)}"] if frozen else []
 
