@@ -137,6 +137,26 @@ class RunDir:
         """Returns what came out of the run, None if it has not finished."""
         return self._read_json("result.json") if self.weights.is_file() else None
 
+    def content(self) -> str:
+        """Returns what tells this folder from another on one process, to be compared with what others see in it."""
+        return repr((self.description(), self.result()))
+
+    def result_as_seen(self, content: str) -> dict[str, Any] | None:
+        """Returns what came out of the run, None if it has not finished, if this process sees the folder of another.
+
+        Args:
+            content: of the folder that the other process sees under this name.
+
+        Raises:
+            UserError: it is not the same.
+        """
+        if self.content() != content:
+            raise UserError(
+                f"{self.path} is not the folder that process 0 sees: run.dir must be a folder that all processes see, "
+                "on a file system that all their computers share."
+            )
+        return self.result()
+
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the run as finished.
 
