@@ -79,7 +79,7 @@ def resume(trainer: Trainer) -> list[str]:
         trainer: a run at its beginning.
 
     Returns:
-        What was wrong with other checkpoints, and where they are now.
+        What is to be said: what was wrong with other checkpoints, where they are now, what has changed.
 
     Raises:
         UserError: on every process, if any of them cannot take up the checkpoint.
@@ -95,14 +95,20 @@ def resume(trainer: Trainer) -> list[str]:
         return chosen[1]
 
     choice = from_main(accelerator, find)
-    if choice is None:
-        return []
-    found = by_all(accelerator, lambda: here[0] if here else _read(run, choice))
-    _take_up(trainer, found)
-    trainer.origin = choice.origin
-    moved = from_main(accelerator, lambda: [str(path) for path in set_aside(run.checkpoints, choice.path)])
-    told = f"checkpoints that the run does not go on from were moved to {shorten(moved)}; remove them at will."
-    return [*choice.problems, *([told] if moved else [])]
+    said = [] if choice is None else list(choice.problems)
+    if choice is not None:
+        found = by_all(accelerator, lambda: here[0] if here else _read(run, choice))
+        _take_up(trainer, found)
+        trainer.origin = choice.origin
+        moved = from_main(accelerator, lambda: [str(path) for path in set_aside(run.checkpoints, choice.path)])
+        if moved:
+            said.append(
+                f"checkpoints that the run does not go on from were moved to {shorten(moved)}; remove them at will."
+            )
+    changed = from_main(accelerator, lambda: run.restate(trainer.setup.identity, trainer.setup.description))
+    if changed and trainer.step:
+        said.append(f"from update {trainer.step} on, updates are split otherwise than before: {changed}.")
+    return said
 
 
 class _Choice(NamedTuple):
@@ -170,7 +176,8 @@ def _take_up(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if state["images_per_update"] != trainer.images_per_update:
         raise UserError(
             f"the checkpoint was made with {state['images_per_update']} images per update and this run has "
-            f"{trainer.images_per_update}; use as many processes as before."
+            f"{trainer.images_per_update}; use as many processes as before, or change data.batch_size or "
+            "optim.accumulate so that their product with the processes is what it was."
         )
     if checkpoint.step > trainer.total or (trainer.ema is not None) != ("ema" in checkpoint.tensors):
         raise UserError(f"the checkpoint at update {checkpoint.step} is of another recipe; change run.resume.")

@@ -84,6 +84,9 @@ if rank == "1":
     Path("done.1/result.json").unlink()
 attempt("done", f"--run.dir=done.{rank}")
 attempt("resumed", "--name=crashed")
+plain = "--student.kwargs.drop_path_rate=0"
+attempt("plain", "--name=plain", plain)
+attempt("halved_crashed", "--name=halved", plain, crash=5)
 pictures = ["--data.name=imagefolder", "--data.root=set", "--data.image_size=8", "--data.batch_size=4",
             "--data.workers=0", "--schedule.epochs=1", "--run.save_every=1", "--name=pictures"]
 attempt("pictures_crashed", *pictures, crash=2)
@@ -106,7 +109,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((8, 8, 3), 9 * number, np.uint8)).save(file)
     bad(path).write_bytes(b"broken")
-    done = fresh.run_ranks(path / "worker.py", folder=path)
+    done = fresh.run_ranks(path / "worker.py", folder=path, timeout=900)
     assert [one.returncode for one in done] == [0, 0], done[0].stderr[-4000:] + done[1].stderr[-4000:]
     return path
 
@@ -154,6 +157,26 @@ def test_they_go_on_with_the_same_bits(folder: Path) -> None:
         ours, theirs = (load_file(folder / "runs" / run / file) for run in ("crashed", "whole"))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), file
+
+
+def test_one_process_goes_on_with_the_updates_of_two(folder: Path) -> None:
+    assert said(folder, "halved_crashed") == ["CrashError: "] * 2
+    argv = ["train", "run.yaml", "--name=halved", "--student.kwargs.drop_path_rate=0"]
+    alone = fresh.run("fastmkd.train.cli", *argv, folder=folder)
+    assert alone.returncode == 2
+    assert "was made with 16 images per update and this run has 8" in alone.stderr
+    run = folder / "runs/halved"
+    assert json.loads((run / "recipe.json").read_text())["identity"]["data.batch_size"] == 8
+    done = fresh.run("fastmkd.train.cli", *argv, "--data.batch_size=16", folder=folder)
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    assert "going on at update 4" in words
+    assert "from update 4 on, updates are split otherwise than before: data.batch_size is 8 there and 16 here." in words
+    assert json.loads((run / "recipe.json").read_text())["identity"]["data.batch_size"] == 16
+    # Nothing random takes part and no layer looks at a batch, so what is left of the difference is rounding.
+    ours, theirs = (load_file(folder / "runs" / name / "model.safetensors") for name in ("halved", "plain"))
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_picture_that_another_process_could_not_read_is_remembered(folder: Path) -> None:
