@@ -8,6 +8,7 @@ all that is removed. Whatever moment a process is killed at, the folder holds th
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,8 @@ __all__ = [
     "remove_parts",
     "save_checkpoint",
     "save_tensors",
+    "set_aside",
+    "state_digest",
 ]
 
 STATE = "state.json"
@@ -38,6 +41,7 @@ SEAL = "sha256"  # of the rest of that file; checkpoints of older versions have 
 FORMAT = 1
 PART = ".part"  # ends the hidden name of what is being written or removed
 OLD = ".old"  # of a checkpoint whose place is being taken
+ASIDE = "aside_"  # begins the name of one that a run no longer goes on from
 STEP = re.compile(r"step_(\d{8,})|\.step_(\d{8,})" + re.escape(OLD))
 
 
@@ -49,11 +53,15 @@ class Checkpoint:
         step: updates done.
         tensors: by file, then by name.
         state: everything that is not a tensor.
+        path: its folder.
+        digest: see `state_digest`.
     """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    path: Path
+    digest: str
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -112,6 +120,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint, then removes the oldest beyond `keep`.
 
+    Those of later updates neither count nor go: they are of another branch, or damaged; see `set_aside`.
+
     Args:
         folder: of all checkpoints of a run.
         step: updates done.
@@ -149,7 +159,7 @@ def save_checkpoint(
         _flush(folder)
         if aside.exists():
             _remove(aside)
-        for old in [path for path in _steps(folder) if path != target][keep - 1 :]:
+        for old in [path for path in _steps(folder) if path != target and _number(path) <= step][keep - 1 :]:
             _remove(old)
     except OSError as error:
         raise cannot_write(target, error) from None
@@ -171,7 +181,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     path = Path(path)
-    step, files, state = _read_state(path)
+    step, files, state, digest = _read_state(path)
     tensors = {}
     for name, expected in files.items():
         file = path / name
@@ -188,13 +198,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             tensors[file.stem] = load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"the checkpoint {path}: {name} cannot be read ({error}); use an older one.") from None
-    return Checkpoint(step, tensors, state)
+    return Checkpoint(step, tensors, state, path, digest)
 
 
-def _read_state(path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """Step, files and state; nothing in the file is believed before it is looked at."""
+def _read_state(path: Path) -> tuple[int, dict[str, Any], dict[str, Any], str]:
+    """Step, files, state and digest; nothing in the file is believed before it is looked at."""
     try:
-        content = json.loads((path / STATE).read_text())
+        text = (path / STATE).read_bytes()
+        content = json.loads(text)
         seal = content.pop(SEAL, None)
         version, step, files, state = (content[key] for key in ("format", "step", "files", "state"))
         if version != FORMAT:
@@ -213,7 +224,22 @@ def _read_state(path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
         raise UserError(f"the checkpoint {path} cannot be read ({error}); use an older one.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"the checkpoint {path} is damaged: {STATE} is cut off or changed; use an older one.") from None
-    return step, files, state
+    return step, files, state, hashlib.sha256(text).hexdigest()
+
+
+def state_digest(path: str | Path) -> str | None:
+    """Returns what tells a checkpoint from all others, None if it cannot be read.
+
+    Args:
+        path: folder of the checkpoint.
+
+    Returns:
+        SHA-256 of ``state.json``, which holds those of all other files.
+    """
+    try:
+        return _digest(Path(path) / STATE)
+    except OSError:
+        return None
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Checkpoint | None, list[str]]:
@@ -239,11 +265,50 @@ def newest_checkpoint(folder: str | Path) -> tuple[Checkpoint | None, list[str]]
     return None, []
 
 
+def set_aside(folder: str | Path, newest: str | Path) -> list[Path]:
+    """Renames the checkpoints that a run does not go on from, so that no later start takes one and no save removes one.
+
+    Args:
+        folder: of all checkpoints of a run.
+        newest: the one that it goes on from. Newer ones are damaged or of a branch that has been left; of another
+            folder's checkpoint all are.
+
+    Returns:
+        The new names, such as ``aside_00000123``.
+
+    Raises:
+        UserError: the folder may not be written to.
+    """
+    folder, moved = Path(folder), []
+    steps = _steps(folder)
+    known = [path.resolve() for path in steps]
+    newest = Path(newest).resolve()
+    for path in steps[: known.index(newest)] if newest in known else steps:
+        target = folder / f"{ASIDE}{_number(path):08d}"
+        for count in itertools.count(2):
+            if not target.exists():
+                break
+            target = folder / f"{ASIDE}{_number(path):08d}.{count}"
+        try:
+            path.rename(target)
+            _flush(folder)
+        except OSError as error:
+            raise cannot_write(target, error) from None
+        moved.append(target)
+    return moved
+
+
 def _steps(folder: Path) -> list[Path]:
     """Folders of complete checkpoints, newest first; one whose place was being taken comes behind its successor."""
-    found = [(match, path) for path in folder.glob("*step_*") if (match := STEP.fullmatch(path.name))]
-    found.sort(key=lambda pair: (int(pair[0][1] or pair[0][2]), pair[0][1] is not None), reverse=True)
-    return [path for _, path in found]
+    found = [path for path in folder.glob("*step_*") if STEP.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (_number(path), not path.name.endswith(OLD)), reverse=True)
+
+
+def _number(path: Path) -> int:
+    """The update in the name of a checkpoint's folder."""
+    match = STEP.fullmatch(path.name)
+    assert match is not None
+    return int(match[1] or match[2])
 
 
 def _tidy(folder: Path) -> None:

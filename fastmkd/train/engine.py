@@ -10,7 +10,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from torch import Tensor
 from .accelerator import make_accelerator
 from .bad_batch import Skips, Tried, keep_bad_batch
 from .build import Setup, assemble
-from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint, save_tensors
+from .checkpoint import save_tensors
 from .errors import UserError, shorten
 from .evaluate import evaluate_loss, summary
 from .interrupt import Interrupts, RunInterrupted
@@ -28,11 +27,13 @@ from .logs import RunLog, headline
 from .meter import Meter
 from .optim import Schedule, build_optimizer
 from .over_training import Snapshots
+from .resuming import bad_pictures, resume, save
 from .rundir import RunDir
 from .schema import Recipe
 from .seeds import seed_all
 from .sharding import WholeCopy, name_units, shard_like, shard_teacher
 from .tasks import task_of
+from .together import by_all, from_main
 
 __all__ = ["Trainer", "train"]
 
@@ -55,12 +56,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
     setup = assemble(recipe, train)
     accelerator = make_accelerator(recipe)
     run = RunDir(recipe.run_dir)
-    lock = run.lock() if accelerator.is_main_process else contextlib.nullcontext()
-    with lock:
-        if accelerator.is_main_process:
+    with contextlib.ExitStack() as held:
+
+        def take() -> str:
+            held.enter_context(run.lock())
             run.claim(setup.identity, setup.description)
-        accelerator.wait_for_everyone()
-        done = run.result()
+            return run.content()
+
+        content = from_main(accelerator, take)
+        done = by_all(accelerator, lambda: run.result_as_seen(content))
         if done is not None:
             accelerator.print(f"{recipe.name}: finished before, in {run.path} ({summary(done)}).")
             return done
@@ -72,12 +76,12 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
 
 class Trainer:
-    """One run: networks, optimizer, position, and how to save and go on.
+    """One run: networks, optimizer and position; `fastmkd.train.resuming` saves it and goes on with it.
 
     Args:
         setup: the objects of the run.
         accelerator: of Hugging Face Accelerate.
-        run: folder of the run.
+        run: folder of the run, the same on all processes.
     """
 
     def __init__(self, setup: Setup, accelerator: Any, run: RunDir) -> None:
@@ -89,7 +93,8 @@ class Trainer:
         self.updates_per_epoch = len(self.plan(0)) // accumulate
         self.total = recipe.schedule.epochs * self.updates_per_epoch
         self.step = 0  # updates done
-        self.bad: dict[str, str] = {}
+        self.bad: dict[str, str] = {}  # pictures that could not be read before it was resumed
+        self.origin: dict[str, str] | None = None  # which checkpoint `run.resume` made it go on from
 
         device, augment = accelerator.device, recipe.augment
         size, seed = source.image_size, recipe.seed
@@ -152,7 +157,7 @@ class Trainer:
             See `train`.
         """
         recipe, accelerator = self.recipe, self.accelerator
-        problems = self._resume()
+        problems = resume(self)
         began, start = time.perf_counter(), self.step
         meter = Meter(accelerator)
         log = RunLog(self.run, self.total, self.step, accelerator.is_main_process, recipe.run.tensorboard)
@@ -160,19 +165,18 @@ class Trainer:
             warnings = [f"warning: {problem}" for problem in [*self.setup.source.notes, *problems]]
             for line in (headline(self), *self.task.notes(self.student), *warnings):
                 log.say(line)
+            begun, inside = divmod(self.step, self.updates_per_epoch)
             scores: dict[str, float] = {}
-            for epoch in range(self.step // self.updates_per_epoch, recipe.schedule.epochs):
+            if not inside and not from_main(accelerator, lambda: log.tested):  # it died between checkpoint and test
+                scores = self._test_if_due(begun, log)
+            for epoch in range(begun, recipe.schedule.epochs):
                 if self.step % self.updates_per_epoch == 0:
                     self.snapshots.take(epoch)
                 self._train_epoch(epoch, meter, log, interrupts)
-                last = epoch + 1 == recipe.schedule.epochs
-                if last or (epoch + 1) % recipe.run.eval_every == 0:
-                    scores = self.test()
-                    log.numbers(self.step, epoch, {f"test.{name}": value for name, value in scores.items()})
-                    log.say(f"epoch {epoch + 1}/{recipe.schedule.epochs}  test {summary(scores)}")
+                scores = self._test_if_due(epoch + 1, log)
             self.snapshots.take(recipe.schedule.epochs)
-            scores = scores or self.test()  # resumed after the last epoch
-            bad = self._bad_pictures()
+            scores = scores or self.test()  # resumed after the last test
+            bad = sorted(bad_pictures(self))
             if bad:
                 log.say(f"{len(bad)} pictures could not be read and were skipped: {shorten(bad)}")
         updates = max(1, self.step - start)
@@ -194,6 +198,16 @@ class Trainer:
         accelerator.wait_for_everyone()
         return result
 
+    def _test_if_due(self, done: int, log: RunLog) -> dict[str, float]:
+        """Tests and records it if it is time to after so many epochs; no scores if it is not."""
+        epochs = self.recipe.schedule.epochs
+        if done == 0 or (done < epochs and done % self.recipe.run.eval_every):
+            return {}
+        scores = self.test()
+        log.numbers(self.step, done - 1, {f"test.{name}": value for name, value in scores.items()})
+        log.say(f"epoch {done}/{epochs}  test {summary(scores)}")
+        return scores
+
     def _train_epoch(self, epoch: int, meter: Meter, log: RunLog, interrupts: Interrupts) -> None:
         recipe, accumulate = self.recipe, self.recipe.optim.accumulate
         done = self.step - epoch * self.updates_per_epoch
@@ -210,7 +224,7 @@ class Trainer:
                 if stop or at_end or (recipe.run.save_every and self.step % recipe.run.save_every == 0):
                     self._log(meter, log, epoch)  # looks at the loss, so that no broken state is saved
                     meter.pause()
-                    self.save()
+                    save(self)
                     meter.resume()
                 log.advance(self.step)
                 if stop:
@@ -300,92 +314,6 @@ class Trainer:
             raise UserError(f"none of the {count} test pictures can be read.")
         return scores
 
-    def save(self) -> None:
-        """Writes a checkpoint; every process must call it."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-        method, optimizer = get_state_dict(self.method, self.optimizer.optimizer, options=options)
-        moments = {key: value for key, value in optimizer.items() if isinstance(value, Tensor)}
-        rest = {key: value for key, value in optimizer.items() if not isinstance(value, Tensor)}
-        tensors: dict[str, Any] = {"method": method, "optimizer": moments}
-        if self.ema is not None:
-            tensors["ema"] = get_model_state_dict(self.ema.module, options=options)
-        scaler = self.accelerator.scaler
-        state = {
-            "images_per_update": self.images_per_update,
-            "optimizer": rest,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "bad": {**self.bad, **self.loader.bad, **self.test_loader.bad},
-            "skipped": self.skips.count,
-        }
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.run.checkpoints, self.step, tensors, state, self.recipe.run.keep)
-        self.accelerator.wait_for_everyone()
-
-    def _resume(self) -> list[str]:
-        """Takes up the checkpoint that `run.resume` asks for; returns what was wrong with newer ones."""
-        resume = self.recipe.run.resume
-        problems: list[str] = []
-        if resume in ("auto", "never"):
-            found, problems = newest_checkpoint(self.run.checkpoints)
-            if found is None:
-                return problems
-            if resume == "never":
-                raise UserError(
-                    f"{self.run.path} already has checkpoints and run.resume is never; choose another run.dir."
-                )
-        else:
-            found = load_checkpoint(Path(resume))
-        self.load(found)
-        return problems
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Takes up the state of a checkpoint.
-
-        Args:
-            checkpoint: of a run of the same recipe on as many images per update.
-
-        Raises:
-            UserError: it was written with another number of images per update, or does not fit the networks.
-        """
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_state_dict
-
-        state = checkpoint.state
-        parts = {"images_per_update", "optimizer", "scaler", "bad"}
-        if not parts <= state.keys() or not {"method", "optimizer"} <= checkpoint.tensors.keys():
-            raise UserError(f"the checkpoint at update {checkpoint.step} is not one of a training run; use another.")
-        if state["images_per_update"] != self.images_per_update:
-            raise UserError(
-                f"the checkpoint was made with {state['images_per_update']} images per update and this run has "
-                f"{self.images_per_update}; use as many processes as before."
-            )
-        if checkpoint.step > self.total or (self.ema is not None) != ("ema" in checkpoint.tensors):
-            raise UserError(f"the checkpoint at update {checkpoint.step} is of another recipe; change run.resume.")
-        # JSON has no tuples; optimizers compare and unpack betas as one.
-        rest: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in state["optimizer"].items()}
-        tensors: dict[str, Any] = checkpoint.tensors
-        missing = sorted(self.setup.method.state_dict().keys() - tensors["method"].keys())
-        if missing:  # PyTorch would leave these as they are
-            raise UserError(f"the checkpoint does not fit this recipe: it lacks {shorten(missing)}.")
-        options = StateDictOptions(full_state_dict=True)
-        try:
-            set_state_dict(
-                self.method,
-                self.optimizer.optimizer,
-                model_state_dict=tensors["method"],
-                optim_state_dict={**tensors["optimizer"], **rest},
-                options=options,
-            )
-            if self.ema is not None:
-                set_model_state_dict(self.ema.module, tensors["ema"], options=options)
-        except (RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise UserError(f"the checkpoint does not fit this recipe: {error}") from None
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.bad, self.skips.count = dict(state["bad"]), state.get("skipped", 0)
-        self.step = checkpoint.step
-
     def _save_student(self) -> None:
         """Writes the bare student (its moving average if there is one) with timm's keys.
 
@@ -406,9 +334,3 @@ class Trainer:
             weights = method.bare_weights(weights)
             save_tensors(self.run.weights, weights, {"format": "pt", "model": self.recipe.student.name})
         self.accelerator.wait_for_everyone()
-
-    def _bad_pictures(self) -> list[str]:
-        from accelerate.utils import gather_object
-
-        mine = {**self.bad, **self.loader.bad, **self.test_loader.bad}
-        return sorted(set(gather_object(list(mine))))

@@ -45,6 +45,9 @@ class RunLog:
         start: updates already done, by the run that this one goes on from; numbers logged after it are dropped.
         main: whether this process speaks.
         tensorboard: whether to write TensorBoard files.
+
+    Attributes:
+        tested: on the main process, whether the test after update `start` is in the table.
     """
 
     def __init__(self, run: RunDir, total: int, start: int, main: bool, tensorboard: bool) -> None:
@@ -56,6 +59,7 @@ class RunLog:
         self._writer: Any = None
         self._began = time.perf_counter()
         self._task: Any = None
+        self.tested = False
         if not main:
             return
         self._drop_rows_after(start)
@@ -148,6 +152,7 @@ class RunLog:
             with self.run.metrics.open(newline="") as file:
                 # A row that a crash cut in half has no number to compare; it goes too.
                 rows = [row for row in csv.reader(file) if len(row) == 4 and row[0].isdigit() and int(row[0]) <= step]
+        self.tested = any(int(row[0]) == step and row[2].startswith("test.") for row in rows)
         text = io.StringIO()
         csv.writer(text).writerows([COLUMNS, *rows])
         atomic_write(self.run.metrics, lambda part: part.write_text(text.getvalue(), newline=""))

@@ -236,6 +236,9 @@ def _check(recipe: Recipe) -> None:
 # Keys of a recipe that say where or how fast a run goes, not what comes out of it.
 NOT_IDENTITY = ("run.", "data.root", "data.download", "data.workers", "data.eval_batch_size", "teacher.recipe")
 
+# How an update is split over batches, which a run that has not finished may do otherwise on other processes.
+SPLIT = ("data.batch_size", "optim.accumulate")
+
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts -> one dict with dotted keys; tuples become lists, as they come back from JSON.

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from .checkpoint import atomic_write, remove_parts
 from .errors import UserError, cannot_write
-from .recipe import differences, with_defaults
+from .recipe import SPLIT, differences, with_defaults
 
 __all__ = ["RunDir"]
 
@@ -103,6 +103,9 @@ class RunDir:
     def claim(self, identity: dict[str, Any], description: dict[str, Any]) -> None:
         """Makes the folder that of a recipe, or checks that it already is.
 
+        A run that has not finished may split its updates otherwise than before: into more batches, or over another
+        number of processes. That its updates have as many images as before is checked where its checkpoint is taken up.
+
         Args:
             identity: what the run is, see `fastmkd.train.recipe.identity`.
             description: what ``recipe.json`` also keeps, for export and show.
@@ -112,18 +115,42 @@ class RunDir:
         """
         stored = self.description()
         if stored is None:
-            content = json.dumps({"identity": identity, **description}, indent=1, default=str)
-            atomic_write(self.path / "recipe.json", lambda part: part.write_text(content))
+            self._describe(identity, description)
             return
         known = stored["identity"]
         if identity.keys() - known.keys():
             known = with_defaults(known, identity, stored["recipe"])
+        if self.result() is None:
+            known = {**known, **{key: identity[key] for key in SPLIT if key in known and key in identity}}
         changed = differences(known, identity)
         if changed:
             raise UserError(
                 f"{self.path} belongs to a run of another recipe: {changed}. "
                 "Choose another run.dir or name, or remove that folder."
             )
+
+    def restate(self, identity: dict[str, Any], description: dict[str, Any]) -> str:
+        """Rewrites ``recipe.json`` if the run goes on with updates that are split otherwise.
+
+        Args:
+            identity: as for `claim`, which has let it pass.
+            description: as for `claim`.
+
+        Returns:
+            What has changed, '' if nothing has.
+        """
+        stored = self.description()
+        assert stored is not None
+        known = stored["identity"]
+        keys = [key for key in SPLIT if key in known and key in identity]
+        changed = differences({key: known[key] for key in keys}, {key: identity[key] for key in keys})
+        if changed:
+            self._describe(identity, description)
+        return changed
+
+    def _describe(self, identity: dict[str, Any], description: dict[str, Any]) -> None:
+        content = json.dumps({"identity": identity, **description}, indent=1, default=str)
+        atomic_write(self.path / "recipe.json", lambda part: part.write_text(content))
 
     def description(self) -> dict[str, Any] | None:
         """Returns the content of ``recipe.json``, None if there is none.
@@ -136,6 +163,26 @@ class RunDir:
     def result(self) -> dict[str, Any] | None:
         """Returns what came out of the run, None if it has not finished."""
         return self._read_json("result.json") if self.weights.is_file() else None
+
+    def content(self) -> str:
+        """Returns what tells this folder from another on one process, to be compared with what others see in it."""
+        return repr((self.description(), self.result()))
+
+    def result_as_seen(self, content: str) -> dict[str, Any] | None:
+        """Returns what came out of the run, None if it has not finished, if this process sees the folder of another.
+
+        Args:
+            content: of the folder that the other process sees under this name.
+
+        Raises:
+            UserError: it is not the same.
+        """
+        if self.content() != content:
+            raise UserError(
+                f"{self.path} is not the folder that process 0 sees: run.dir must be a folder that all processes see, "
+                "on a file system that all their computers share."
+            )
+        return self.result()
 
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the run as finished.

@@ -236,7 +236,7 @@ class RunRecipe:
         save_every: updates between two checkpoints, besides the one after each epoch; 0 for none.
         keep: how many checkpoints to keep.
         resume: auto goes on from the newest complete checkpoint, never refuses a folder that has one, anything else is
-            the checkpoint's folder.
+            a checkpoint's folder, to go on from until this run has checkpoints that came from it.
         tensorboard: write TensorBoard files beside the CSV.
         panels: at how many moments of training, spread evenly, to keep what the method sees in eight test pictures
             (saliency, kept patches) for fastmkd show --over-training; 0 for none.

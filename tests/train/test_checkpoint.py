@@ -135,6 +135,23 @@ def test_run_folder_of_another_recipe_is_refused(tmp_path):
         run.claim({"seed": 1}, {})
 
 
+def test_a_run_that_has_not_finished_may_split_its_updates_otherwise(tmp_path):
+    run, old, new = RunDir(tmp_path), {"seed": 1, "data.batch_size": 8}, {"seed": 1, "data.batch_size": 16}
+    run.claim(old, {"recipe": {"data": 8}})
+    run.claim(new, {"recipe": {"data": 16}})
+    assert run.description() == {"identity": old, "recipe": {"data": 8}}  # until a checkpoint has been taken up
+    with pytest.raises(UserError, match=r"another recipe: seed is 1 there and 2 here\. "):
+        run.claim({**new, "seed": 2}, {})
+    assert run.restate(old, {}) == ""
+    assert run.restate(new, {"recipe": {"data": 16}}) == "data.batch_size is 8 there and 16 here"
+    assert run.description() == {"identity": new, "recipe": {"data": 16}}
+    run.weights.touch()
+    run.finish({"top1": 50.0})
+    run.claim(new, {})
+    with pytest.raises(UserError, match=r"data\.batch_size is 16 there and 8 here"):
+        run.claim(old, {})
+
+
 def test_a_run_older_than_a_key_has_its_default(tmp_path):
     recipe = Recipe(seed=1)
     run, known = RunDir(tmp_path / "run"), identity(recipe)

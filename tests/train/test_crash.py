@@ -335,8 +335,15 @@ def test_only_folders_that_a_run_has_written_are_checkpoints(tmp_path):
     shutil.copytree(tmp_path / "step_00000005", tmp_path / "step_00000005_copy")
     shutil.copytree(tmp_path / "step_00000005", tmp_path / "step_99999999.bak")
     assert newest(tmp_path) == 100_000_000
-    save(tmp_path, 6, 6, keep=2)  # of a run that goes on from an older one
-    assert visible(tmp_path) == ["step_00000005_copy", "step_00000006", "step_100000000", "step_99999999.bak"]
+    others = ["step_00000005_copy", "step_99999999.bak"]
+    later = [
+        "step_100000000",
+        "step_99999999",
+    ]  # of another branch: not counted, not removed
+    save(tmp_path, 6, 6, keep=2)
+    assert visible(tmp_path) == sorted([*others, *later, "step_00000005", "step_00000006"])
+    save(tmp_path, 7, 7, keep=2)
+    assert visible(tmp_path) == sorted([*others, *later, "step_00000006", "step_00000007"])
 
 
 @pytest.mark.long
