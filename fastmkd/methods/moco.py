@@ -49,13 +49,14 @@ def mlp(depth: int, in_features: int, hidden: int, out_features: int) -> nn.Sequ
     return nn.Sequential(*layers)
 
 
-def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
+def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float, everywhere: bool = True) -> Tensor:
     """InfoNCE with the keys of all ranks as candidates, times 2 tau (MoCo v3, Algorithm 1).
 
     Args:
         queries: ``(B, D)``; gradients flow here.
         keys: ``(B, D)``, constants, one for each query.
         temperature: tau.
+        everywhere: False takes the keys of this rank alone; then ranks may have different numbers of them.
 
     Returns:
         Scalar in float32 (float64 for float64 queries).
@@ -68,7 +69,7 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> Tenso
     wide = torch.promote_types(queries.dtype, torch.float32)
     q, k = F.normalize(queries.to(wide), dim=1), F.normalize(keys.detach().to(wide), dim=1)
     first = 0
-    if dist.is_available() and dist.is_initialized():
+    if everywhere and dist.is_available() and dist.is_initialized():
         everyone = [torch.empty_like(k) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, k.contiguous())
         first, k = dist.get_rank() * len(q), torch.cat(everyone)
@@ -188,7 +189,11 @@ class MoCoV3(SelfDistillation):
         good = torch.stack([key.isfinite().all() for key in keys]).all()
         self.skipped.note(good)
         keys = [torch.where(good, key, torch.zeros_like(key)) for key in keys]
-        first, second = (contrastive_loss(*pair, self.temperature) for pair in zip(queries, keys[::-1], strict=True))
+        # In training batches are equally long on all ranks; those of a test need not be.
+        first, second = (
+            contrastive_loss(*pair, self.temperature, everywhere=self.training)
+            for pair in zip(queries, keys[::-1], strict=True)
+        )
         return self.output(first + second, "moco", good, features[: len(views[0])], self.aligned(images, student))
 
     def train(self, mode: bool = True) -> Self:

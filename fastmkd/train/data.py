@@ -304,13 +304,14 @@ def _shards(recipe: DataRecipe) -> DataSource:
 
 def _shard_classes(root: Path, *parts: ShardPictures) -> list[str]:
     """Names from ``classes.txt``, else the numbers themselves."""
-    largest = max(int(part.labels.max()) for part in parts if len(part))
+    last = max((part.stored[int(part.labels.argmax())] for part in parts if len(part)), key=lambda place: place.label)
+    largest = last.label
     if not (root / "classes.txt").is_file():
         return [str(label) for label in range(largest + 1)]
     classes = (root / "classes.txt").read_text().split("\n")
     classes = [name.strip() for name in classes if name.strip()]
     if largest >= len(classes):
-        raise UserError(f"{root / 'classes.txt'} names {len(classes)} classes, but a picture has the class {largest}.")
+        raise UserError(f"{root / 'classes.txt'} names {len(classes)} classes, but {last} has the class {largest}.")
     return classes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -113,20 +114,23 @@ def evaluate_loss(
     was_training, rank, world = method.training, accelerator.process_index, accelerator.num_processes
     method.eval()
     plan = eval_plan(num_pictures, batch_size, rank, world)
-    own = len(plan)
-    # A method whose weights are split needs all processes in each of its forward passes.
-    plan += plan[:1] * (math.ceil(math.ceil(num_pictures / world) / batch_size) - own)
+    # A method whose weights are split needs all processes in each of its forward passes: one that has no picture for a
+    # pass, or cannot read any, runs a blank one, which does not count.
+    passes = math.ceil(math.ceil(num_pictures / world) / batch_size)
     sums: dict[str, Tensor] = {}
     count = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for number, batch in enumerate(loader.batches(plan)):
+    for number, batch in enumerate(itertools.chain(loader.planned(plan), [None] * (passes - len(plan)))):
         seed_all(seed, "test", number, rank)
-        images, targets = finish(batch.images, batch.targets)
+        shown = loader.blank() if batch is None else batch
+        images, targets = finish(shown.images, shown.targets)
         with accelerator.autocast():
             out = method(images, targets)
-        weight = len(images) if number < own else 0
         for name, value in {"loss": out.loss, **out.terms}.items():
-            sums[name] = sums.get(name, 0) + value.double() * weight
-        count += weight
+            total = sums.setdefault(name, torch.zeros_like(count))
+            if batch is not None:
+                total += value.double() * len(images)
+        if batch is not None:
+            count += len(images)
     method.train(was_training)
     totals = accelerator.reduce(torch.stack([*sums.values(), count]), reduction="sum").tolist()
     images = totals.pop()

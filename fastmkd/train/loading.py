@@ -122,7 +122,7 @@ class Loader:
     ) -> None:
         self.pictures = pictures
         self.bad: dict[str, str] = {}
-        self.augment, self.device, self.seed = augment, device, seed
+        self.augment, self.image_size, self.device, self.seed = augment, image_size, device, seed
         self._order = _Order()
         self._images = self._labels = None
         self._loader: DataLoader[Any] | None = None
@@ -143,12 +143,24 @@ class Loader:
             )
 
     def batches(self, plan: Tensor | list[Tensor], epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Yields the batches of `plan` from number `start` on.
+        """Yields the batches of `plan` from number `start` on, without those of which no picture can be read.
 
         Args:
             plan: picture indices of each batch.
             epoch: seeds the augmentation.
             start: first batch to read; the earlier ones are not touched.
+        """
+        for batch in self.planned(plan, epoch, start):
+            if batch is not None:
+                yield batch
+
+    def planned(self, plan: Tensor | list[Tensor], epoch: int = 0, start: int = 0) -> Iterator[Batch | None]:
+        """Yields as many things as `plan` has batches from `start` on: None for one of which no picture can be read.
+
+        Args:
+            plan: see `batches`.
+            epoch: see `batches`.
+            start: see `batches`.
         """
         if self._loader is None:
             yield from self._from_memory(plan, epoch, start)
@@ -159,8 +171,21 @@ class Loader:
                 raise read
             batch, bad = read
             self.bad.update(bad)
-            if len(batch.numbers):
-                yield moved(batch, self.device)
+            yield moved(batch, self.device) if len(batch.numbers) else None
+
+    def blank(self) -> Batch:
+        """Returns a batch of one black picture of class 0, for a process that has nothing to read while others have.
+
+        Example:
+            >>> from fastmkd.train.data import load_data
+            >>> recipe = DataRecipe(name="digits")
+            >>> Loader(load_data(recipe).test, recipe, None, 8, torch.device("cpu"), seed=0).blank().images.shape
+            torch.Size([1, 1, 8, 8])
+        """
+        channels = 3 if self._images is None else self._images.shape[1]  # files are converted to RGB
+        image = torch.zeros(1, channels, self.image_size, self.image_size, dtype=torch.uint8, device=self.device)
+        none = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return Batch(image, none, none)
 
     def _from_memory(self, plan: Tensor | list[Tensor], epoch: int, start: int) -> Iterator[Batch]:
         assert self._images is not None

@@ -77,7 +77,8 @@ class Snapshots:
         silent = not setup.method.has_pictures or setup.source.task != "classification"
         self.epochs = set() if silent else snapshot_epochs(recipe.schedule.epochs, recipe.run.panels)
         self.setup, self.run, self.loader, self.finish, self.accelerator = setup, run, loader, finish, accelerator
-        self._pictures: list[Batch] | None = None
+        self._pictures: Batch | None = None
+        self._shown = False  # whether they could be read
 
     def take(self, epoch: int) -> None:
         """Writes the snapshot of this moment, if one is due; every process must call it.
@@ -91,15 +92,17 @@ class Snapshots:
             return
         source, method = self.setup.source, self.setup.method
         if self._pictures is None:
-            self._pictures = list(self.loader.batches([spread(source.test.labels, PICTURES)]))
-        for batch in self._pictures:  # one, or none if they cannot be read
-            images, targets = self.finish(batch.images, batch.targets)
-            seed_all(self.setup.recipe.seed, "panels", epoch)
-            method.eval()
-            with torch.no_grad(), self.accelerator.autocast():
-                panels = method.pictures(images)
-            if self.accelerator.is_main_process:
-                _write(self.run.panels, Snapshot(epoch, to_pixels(panels, source.mean, source.std), targets))
+            (read,) = self.loader.planned([spread(source.test.labels, PICTURES)])
+            # Others may be able to read them, and a method whose weights are split needs all processes.
+            self._pictures = self.loader.blank() if read is None else read
+            self._shown = read is not None
+        images, targets = self.finish(self._pictures.images, self._pictures.targets)
+        seed_all(self.setup.recipe.seed, "panels", epoch)
+        method.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            panels = method.pictures(images)
+        if self._shown and self.accelerator.is_main_process:
+            _write(self.run.panels, Snapshot(epoch, to_pixels(panels, source.mean, source.std), targets))
 
 
 def _write(folder: Path, snapshot: Snapshot) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
@@ -25,6 +25,9 @@ SHARDS = (
     "number of its class); names of classes, one a line, may stand in root/classes.txt"
 )
 LONGEST_LABEL = 20  # characters of a .cls file
+MOST_CLASSES = 10**6  # a list of names is made for as many classes as the largest number says
+MOST_BYTES = 2**30  # of a picture, which is read as a whole
+LONGEST_HEADER = 2**14  # bytes of a long name or of PAX records, of which tarfile may keep copies for each of them
 
 
 class Place(NamedTuple):
@@ -94,38 +97,71 @@ def open_shards(folder: Path) -> tuple[ShardPictures, list[str]]:
     return ShardPictures(places, torch.tensor([place.label for place in places])), notes
 
 
+class _Header(tarfile.TarInfo):
+    """Refuses what `tarfile` reads wrongly, with an error that it does not take for the end of the archive."""
+
+    def _block(self, count: int) -> int:
+        # A negative size sends tarfile back to headers it has read, over and over (CVE-2025-8194).
+        if count < 0:
+            raise tarfile.ReadError(f"{self.name} says it has {count} bytes")
+        if self.type in EXTENSIONS and count > LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header says it goes on for {count} bytes")
+        return super()._block(count)  # type: ignore[misc]
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Reads a header; one that is damaged does not end the archive in silence.
+
+        Args:
+            buf: 512 bytes.
+            encoding: of names.
+            errors: what to do with a name that is in another encoding.
+
+        Raises:
+            tarfile.ReadError: it is damaged.
+        """
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from None
+
+
+EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+              tarfile.SOLARIS_XHDTYPE)  # fmt: skip
+
+
 def _read_shard(path: Path) -> tuple[list[Place], list[str]]:
     """What a shard holds in the order of its pictures, and what was left out of it with the reason."""
-    pictures: dict[str, tarfile.TarInfo] = {}
+    pictures: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, int] = {}
     left_out: list[str] = []
     end = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as archive:
+        # A name in no known encoding must be one that can be printed.
+        with tarfile.open(path, "r:", tarinfo=_Header, errors="backslashreplace") as archive:
             for member in archive:
+                archive.members.clear()  # type: ignore[attr-defined]  # it keeps all it has seen
                 key, _, suffix = _split(member.name)
                 if f".{suffix}" not in SUFFIXES and suffix != "cls":
                     continue  # other things may lie beside a picture
                 if not member.isreg() or member.issparse():
                     left_out.append(f"{member.name} (no ordinary file)")
+                elif not 0 <= member.size <= MOST_BYTES:
+                    left_out.append(f"{member.name} (says it has {member.size} bytes)")
                 elif member.offset_data + member.size > end:
                     left_out.append(f"{member.name} (cut off)")
                 elif suffix != "cls":
-                    pictures.setdefault(key, member)
+                    pictures.setdefault(key, (member.offset_data, member.size, member.name))
                 else:
                     label = _label(archive, member)
                     if label is None:
-                        left_out.append(f"{member.name} (no number of a class)")
+                        left_out.append(f"{member.name} (no number of a class from 0 to {MOST_CLASSES - 1})")
                     else:
                         labels.setdefault(key, label)
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+    except Exception as error:  # tarfile raises its own, value, index, recursion errors for one archive or another
         left_out.append(f"what follows (the archive is damaged: {error})")
-    places = [
-        Place(path, member.offset_data, member.size, member.name, labels[key])
-        for key, member in pictures.items()
-        if key in labels
-    ]
-    left_out += [f"{member.name} (no class beside it)" for key, member in pictures.items() if key not in labels]
+    places = [Place(path, *place, labels[key]) for key, place in pictures.items() if key in labels]
+    left_out += [f"{name} (no class beside it)" for key, (_, _, name) in pictures.items() if key not in labels]
     return places, left_out
 
 
@@ -137,7 +173,7 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def _label(archive: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
-    """The whole number, at least 0, that a member says; None if it says something else."""
+    """The number of a class that a member says; None if it says something else."""
     content = archive.extractfile(member)
     text = content.read(LONGEST_LABEL).strip() if content is not None and member.size <= LONGEST_LABEL else b""
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdigit() and int(text) < MOST_CLASSES else None

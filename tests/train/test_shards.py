@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import tarfile
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def test_pictures_and_classes_are_those_of_the_shards(root):
     (root / "data/classes.txt").write_text("even\nodd\n")
     assert load_data(DataRecipe(name="shards", root="data")).classes == ["even", "odd"]
     (root / "data/classes.txt").write_text("even\n")
-    with pytest.raises(UserError, match=r"names 1 classes, but a picture has the class 1"):
+    with pytest.raises(UserError, match=r"names 1 classes, but .*shard-0000\.tar: 000001\.png has the class 1"):
         load_data(DataRecipe(name="shards", root="data"))
 
 
@@ -115,10 +116,136 @@ def test_what_is_broken_is_left_out_by_name(tmp_path):
     assert set(names[5:]) <= {"000010.png", "000011.png", "000012.png"}
     assert len(notes) == 3
     said = " ".join(notes)
-    for expected in ("000005.cls (no number of a class)", "000009.png (no ordinary file)", "the archive is damaged"):
+    for expected in (
+        "000005.cls (no number of a class from 0 to 999999)",
+        "000009.png (no ordinary file)",
+        "the archive is damaged",
+    ):
         assert expected in said
     assert "a.tar: 6 left out" in said  # two labels, the link, and three pictures without one
     assert all(np.asarray(pictures.load(i)).shape == (10, 10, 3) for i in range(len(pictures)))
+
+
+@pytest.fixture
+def at_most_ten_seconds():
+    """What reads for longer than that reads forever; the error passes any `except Exception`."""
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it is still reading"))
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """As a tar file has it; a size that octal digits cannot say is in base 256."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def blocks(content: bytes) -> bytes:
+    return content + bytes(-len(content) % tarfile.BLOCKSIZE)
+
+
+def records(**values: object) -> bytes:
+    """PAX records."""
+    said = b""
+    for key, value in values.items():
+        text = f" {key.replace('_', '.')}={value}\n".encode()
+        said += next(b"%d%s" % (n, text) for n in range(len(text), 99999) if len(b"%d%s" % (n, text)) == n)
+    return said
+
+
+def pax(kind: bytes = tarfile.XHDTYPE, **values: object) -> bytes:
+    return header("pax", len(records(**values)), kind) + blocks(records(**values))
+
+
+def sample(number: int) -> bytes:
+    """A whole picture and its class."""
+    return b"".join(
+        header(name, len(content)) + blocks(content) for name, content in samples(range(number, number + 1))
+    )
+
+
+def sparse_that_goes_on() -> bytes:
+    """The last of its headers says that one more follows."""
+    buffer = bytearray(header("000001.png", 0, tarfile.GNUTYPE_SPARSE))
+    buffer[482] = 1
+    buffer[148:156] = b"        "
+    buffer[148:156] = b"%06o\0 " % sum(buffer)
+    return bytes(buffer)
+
+
+SIZES = (-1, -511, -512, -513, -1024, -(2**40), -(2**62))
+LYING = {
+    **{f"header{size}": header("000001.png", size) for size in SIZES},
+    **{f"label{size}": header("000001.cls", size) for size in SIZES},
+    **{f"other{size}": header("000001.json", size) for size in SIZES},
+    **{f"long_name{size}": header("x", size, tarfile.GNUTYPE_LONGNAME) for size in SIZES},
+    **{f"pax{size}": header("x", size, tarfile.XHDTYPE) for size in SIZES},
+    **{f"sparse{size}": header("000001.png", size, tarfile.GNUTYPE_SPARSE) for size in SIZES},
+    **{f"pax_says{size}": pax(size=size) + header("000001.png", 512) + bytes(512) for size in SIZES},
+    **{f"global_says{size}": pax(tarfile.XGLTYPE, size=size) + header("000001.png", 0) for size in SIZES},
+    **{f"sparse_says{size}": pax(tarfile.XGLTYPE, GNU_sparse_size=size) + header("000001.png", 0) for size in SIZES},
+    "long_name_of_much": header("x", 2**30, tarfile.GNUTYPE_LONGNAME),
+    "pax_of_much": header("x", 2**30, tarfile.XHDTYPE),
+    "keys_in_keys": header("x", 2**20, tarfile.XHDTYPE) + blocks(b"2 " * (2**19 - 1) + b"x="),
+    "pax_after_pax": 3000 * pax(a="b"),
+    "sparse_that_goes_on": sparse_that_goes_on(),
+    "checksum": b"x" + header("000001.png", 3)[1:] + blocks(b"abc"),
+    "huge": header("000001.png", 2**60),
+}
+
+
+@pytest.mark.parametrize("lie", LYING)
+def test_archives_that_lie_about_sizes(tmp_path, at_most_ten_seconds, lie):
+    """What stands before the lie is read, no more than that, and the shard is named."""
+    (tmp_path / "a.tar").write_bytes(sample(0) + LYING[lie])
+    pictures, notes = open_shards(tmp_path)
+    assert [place.name for place in pictures.stored] == ["000000.png"]
+    assert all(0 <= place.size < 1000 for place in pictures.stored)
+    assert np.asarray(pictures.load(0)).shape == (10, 10, 3)
+    (said,) = notes
+    assert "a.tar: " in said
+    assert "the archive is damaged" in said or "000001.png (says it has" in said or "000001.png (no ordinary" in said
+
+
+def test_a_lie_in_the_middle_is_named_with_what_follows(tmp_path):
+    """Also a header whose checksum is wrong, where `tarfile` would say that the archive ends."""
+    broken = b"x" + header("000001.png", 3)[1:] + blocks(b"abc")
+    (tmp_path / "a.tar").write_bytes(sample(0) + broken + sample(2) + bytes(1024))
+    pictures, notes = open_shards(tmp_path)
+    assert [place.name for place in pictures.stored] == ["000000.png"]
+    assert "what follows (the archive is damaged: bad checksum)" in notes[0]
+    (tmp_path / "a.tar").write_bytes(sample(0) + sample(2))  # without the two empty blocks at the end
+    assert len(open_shards(tmp_path)[0]) == 2
+    assert open_shards(tmp_path)[1] == []
+
+
+def test_long_names_and_names_in_no_encoding(tmp_path):
+    members = [(f"{'d' * 120}/{n:06}{'x' * 90}.{end}", content) for n in range(3) for end, content in
+               (("png", picture(n)), ("cls", b"0"))]  # fmt: skip
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "a.tar", "w", format=kind) as archive:
+            for name, content in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        pictures, notes = open_shards(tmp_path)
+        assert [place.name for place in pictures.stored] == [name for name, _ in members[::2]]
+        assert notes == []
+    with tarfile.open(tmp_path / "a.tar", "a", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        archive.addfile(tarfile.TarInfo("\xff.png"))
+    (note,) = open_shards(tmp_path)[1]
+    assert "\\xff.png (no class beside it)" in note
+
+
+@pytest.mark.parametrize("label", [b"1000000", b"2000000000", b"9" * 19, b"9" * 20, b"-1", b"1.0", "\u0663".encode()])
+def test_labels_no_class_can_have(tmp_path, label):
+    write(tmp_path / "a.tar", [*samples(range(4)), ("000004.png", picture(1)), ("000004.cls", label)])
+    source = load_data(DataRecipe(name="shards", root=str(tmp_path), test_fraction=0.5))
+    assert source.classes == ["0", "1"]
+    assert "000004.cls (no number of a class from 0 to 999999)" in source.notes[0]
 
 
 def test_a_broken_picture_is_skipped_counted_and_named(root):
