@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.fastmkd-ready
 NATIVE := $(shell find csrc CMakeLists.txt setup.py -type f 2>/dev/null)
 
-.PHONY: help install demo test test-all lint types unit doctest bench gate sanitize clean
+.PHONY: help install demo test test-all test-oldest lint types unit doctest bench gate sanitize clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      install into $(VENV), train on digits, print a table, draw a picture"
 	@echo "make test      install into $(VENV), then lint, types and all tests (under 20 minutes on 2 cores)"
 	@echo "make test-all  the same with the long tests"
+	@echo "make test-oldest  the quick tests with the oldest versions of what fastmkd needs, in .venv-oldest"
 	@echo "make bench     the headline benchmarks on this machine, then docs/benchmarks.md"
 	@echo "make gate      whether a headline ratio has fallen (a part of make test)"
 	@echo "make sanitize  the C++ tests with address, undefined-behaviour and thread sanitizers"
@@ -38,6 +39,11 @@ test: install lint
 
 test-all: install lint types doctest
 	$(BIN)/python -m pytest tests
+
+# pip takes the oldest versions from the constraints. The libraries in the checkout are built anew, against the oldest
+# PyTorch; they serve the newer ones too.
+test-oldest:
+	PIP_CONSTRAINT=$(CURDIR)/oldest.txt $(MAKE) VENV=.venv-oldest unit
 
 lint: install
 	$(BIN)/ruff check .

@@ -68,17 +68,35 @@ stage check 70 "$summary" "$PYTHON" -m fastmkd.ops.check --device cuda --json "$
 # A test file that needs a package this machine lacks must not cost the others their run.
 stage tests 150 "$OUT/tests.log" "$PYTHON" -m pytest -m gpu --continue-on-collection-errors -q -p no:cacheprovider \
   --junitxml="$OUT/junit.xml" tests
-stage bench $(($(left) - 70)) "$OUT/bench.log" "$PYTHON" -m fastmkd.bench 'cls_saliency' 'patch_embed' 'select_tokens' \
+stage bench $(($(left) - 120)) "$OUT/bench.log" "$PYTHON" -m fastmkd.bench 'cls_saliency' 'patch_embed' 'select_tokens' \
   'op.*' 'masked_conv3x3' 'masked_depthwise' 'masked_resnet' 'maskedkd_step' 'masked_teacher' \
   'dpk_step' 'cka' 'dmae_step' 'dmae_teacher' 'masked_autoencoder' 'mkd_decoder' 'align_cells' 'mkd_step' --device cuda --quick --out "$OUT/records.jsonl"
 
+# Every byte that a kernel touches, first of the ops with kernels in CUDA C++, whose shared memory racecheck watches too;
+# then of the others, one op a stage, as many as the time that is left allows.
+CUDA_OPS="select_tokens tap_table centred_gram"
+TRITON_OPS="patch_embed cls_saliency packed_attention stitch_tokens unshuffle_tokens masked_patch_loss
+  masked_patch_loss_grad recovered_loss recovered_loss_grad align_cells align_cells_grad masked_conv2d
+  masked_conv2d_weight"
+sanitize() { # NAME LIMIT TOOL OP...
+  local name=$1 limit=$2 tool=$3
+  shift 3
+  stage "$name" "$limit" "$OUT/sanitizer.log" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    "$PYTHON" -m fastmkd.ops.check "$@" --device cuda
+}
 if command -v compute-sanitizer >/dev/null; then
-  stage memcheck 45 "$OUT/sanitizer.log" compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "$PYTHON" -m fastmkd.ops.check select_tokens tap_table --device cuda
-  stage racecheck 30 "$OUT/sanitizer.log" compute-sanitizer --tool racecheck --error-exitcode 9 \
-    "$PYTHON" -m fastmkd.ops.check select_tokens tap_table --device cuda
+  sanitize memcheck 50 memcheck $CUDA_OPS
+  sanitize racecheck 35 racecheck $CUDA_OPS
+  for op in $TRITON_OPS; do
+    if [ "$(left)" -lt "${SECONDS_OP:-30}" ]; then
+      say "memcheck   left out for want of time: $op"
+    else
+      sanitize "memcheck $op" "${SECONDS_OP:-30}" memcheck "$op"
+    fi
+  done
 else
-  say "sanitizer  left out: compute-sanitizer is not on PATH"
+  say "sanitizer  failed: compute-sanitizer is not on PATH; it comes with the CUDA toolkit"
+  failed=1
 fi
 
 for log in tests bench sanitizer; do

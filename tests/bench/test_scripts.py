@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastmkd.bench.environment import REPOSITORY
+from fastmkd.ops import OPS
 
 SCRIPTS = ("gpu.sh", "profile.sh")
 
@@ -79,6 +80,53 @@ def test_gpu_script_ends_in_time_and_keeps_what_came_before_a_hung_stage(
     assert "pip install --no-build-isolation --no-deps -e ." in (out / "build.log").read_text()
     assert done.stdout.endswith(summary)
     assert len(list(out.rglob("*"))) <= 8
+
+
+FAST_PYTHON = FAKE_PYTHON.replace("sleep 60", "true")
+SANITIZER = """#!/bin/bash
+case "$*" in *"racecheck"*) exit 9 ;; esac
+"""
+
+
+def quick_gpu_run(folder: Path, monkeypatch: pytest.MonkeyPatch, sanitizer: str | None) -> tuple[int, str]:
+    """Status and summary of a run in which all but the sanitizer is quick and right."""
+    tools = {"python": FAST_PYTHON, **({} if sanitizer is None else {"compute-sanitizer": sanitizer})}
+    for name, text in tools.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("OUT", str(folder / "out"))
+    places = [room for room in os.environ["PATH"].split(":") if not Path(room, "compute-sanitizer").exists()]
+    done = run("gpu.sh", python=folder / "python", path=":".join([str(folder), *places]))
+    return done.returncode, (folder / "out/summary.txt").read_text()
+
+
+def test_a_gpu_run_without_the_sanitizer_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, summary = quick_gpu_run(tmp_path, monkeypatch, None)
+    assert re.search(r"^bench +ok", summary, re.MULTILINE)
+    assert re.search(r"^sanitizer +failed: compute-sanitizer is not on PATH", summary, re.MULTILINE)
+    assert status == 1
+
+
+def test_the_sanitizer_sees_every_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, summary = quick_gpu_run(tmp_path, monkeypatch, "#!/bin/bash\n")
+    assert status == 0, summary
+    script = (REPOSITORY / "bench/gpu.sh").read_text()
+    named = {kind: re.search(rf'^{kind}_OPS="([^"]+)"', script, re.MULTILINE)[1].split() for kind in ("CUDA", "TRITON")}
+    assert set(named["CUDA"]) == {name for name, op in OPS.items() if "cuda" in op.backends}
+    assert sorted(named["CUDA"] + named["TRITON"]) == sorted(OPS)
+    for op in named["TRITON"]:
+        assert re.search(rf"^memcheck {op} +ok", summary, re.MULTILINE), summary
+
+
+def test_an_error_of_the_sanitizer_fails_the_run_and_no_time_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECONDS_OP", "9999")
+    status, summary = quick_gpu_run(tmp_path, monkeypatch, SANITIZER)
+    assert re.search(r"^memcheck +ok", summary, re.MULTILINE)
+    assert re.search(r"^racecheck +failed with status 9", summary, re.MULTILINE)
+    assert "memcheck   left out for want of time: masked_conv2d_weight" in summary
+    assert status == 1
 
 
 def test_profile_script_explains_itself() -> None:

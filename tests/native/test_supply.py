@@ -27,26 +27,50 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
+def padded(version: str) -> tuple[int, ...]:
+    """``2.0`` -> (2, 0, 0), so that it is no other version than 2.0.0."""
+    return (*numbers(version), 0, 0)[:3]
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[\w-]+", requirement)[0]
+
+
 def bounds(requirement: str) -> tuple[str, str]:
     """``torch>=2.11,<2.16`` -> ("2.11", "2.16")."""
-    found = re.fullmatch(r"[\w-]*>=([\d.]+),<([\d.]+)", requirement)
+    found = re.fullmatch(r"[\w-]*(?:\[\w+\])?>=([\d.]+),<([\d.]+)", requirement)
     assert found, f"{requirement} does not say both ends"
     return found[1], found[2]
 
 
-REQUIRED = {re.match(r"[\w-]+", text)[0]: text for text in PROJECT["project"]["dependencies"]}
+REQUIRED = {name_of(text): text for text in PROJECT["project"]["dependencies"]}
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+BOUNDED = [
+    *REQUIRED.values(), *EXTRAS["train"], *EXTRAS["bench"], f"python{PROJECT['project']['requires-python']}"
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*REQUIRED, "python"])
-def test_bounds_are_those_that_were_tested(name):
-    requirement = REQUIRED.get(name, PROJECT["project"]["requires-python"])
-    low, high = bounds(requirement)
-    oldest, newest = (numbers(version) for version in TESTED[name])
-    assert numbers(low) == oldest[: len(numbers(low))] <= newest < numbers(high)
-    if name in ("torch", "python"):  # every minor version between is claimed, and no later one
-        assert numbers(high) == (newest[0], newest[1] + 1)
+@pytest.mark.parametrize("requirement", BOUNDED)
+def test_bounds_are_those_that_were_tested(requirement):
+    name = name_of(requirement)
+    low, high = map(padded, bounds(requirement))
+    oldest, newest = map(padded, TESTED[name])
+    assert low == oldest <= newest < high
+    if name in ("torch", "python", "accelerate"):  # every minor version between is claimed, and no later one
+        assert high == (newest[0], newest[1] + 1, 0)
     here = ".".join(map(str, sys.version_info[:3])) if name == "python" else metadata.version(name)
-    assert numbers(low) <= numbers(here) < numbers(high)
+    assert low <= padded(here) < high
+
+
+def test_the_oldest_versions_are_those_that_are_installed_to_test_them():
+    lines = [line for line in (ROOT / "oldest.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = dict(line.split("==") for line in lines)
+    assert pinned.keys() == {name_of(text) for text in BOUNDED} - {"python"} == TESTED.keys() - {"python"}
+    assert {name: padded(pin) for name, pin in pinned.items()} == {name: padded(TESTED[name][0]) for name in pinned}
+
+
+def test_bounds_are_compared_to_the_last_number():
+    assert padded("2") == padded("2.0.0") < padded("2.0.2") < padded("2.4")
 
 
 def test_build_and_pages_ask_for_the_same_versions():
