@@ -31,7 +31,7 @@ HEADLINES = (
         "50 % kept",
     ),
     _headline(
-        "DMAE step, ViT-B from ViT-L, 75 % hidden",
+        "DMAE step, ViT-B from ViT-L, batch 16, 75 % hidden",
         "the public code's way",
         "dmae_step",
         "ViT-B from ViT-L, batch 16",

@@ -1,1 +1,1 @@
-"""Training layer: recipes, data, the training loop and the command line (``pip install "fastmkd[train]"``)."""
+"""Training layer: recipes, data, the training loop and the command line (``pip install -e ".[train]"``)."""

@@ -86,7 +86,7 @@ def _guarded(call: Callable[[], int]) -> int:
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package in EXTRAS:
-            return _fail(f'this needs the package {package}: pip install "fastmkd[train]".')
+            return _fail(f'this needs the package {package}: pip install -e ".[train]" in the repository.')
         raise
     except Exception as error:
         from argparse import ArgumentError

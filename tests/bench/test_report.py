@@ -161,6 +161,19 @@ def test_the_readme_shows_numbers_of_the_records(capsys: pytest.CaptureFixture[s
         assert sum(headline.ratio(record) is not None for record in records) == 1, headline.sentence
 
 
+def test_no_two_rows_on_a_device_have_the_same_words() -> None:
+    assert len({target.sentence for target in TARGETS}) == len(TARGETS)
+    records = latest(load(REPOSITORY / "bench" / "results"))
+    found = [
+        (target.sentence, record["env"]["slug"])
+        for target in TARGETS
+        for record in records
+        if target.ratio(record) is not None
+    ]
+    assert len(found) > 50
+    assert [row for row in found if found.count(row) > 1] == []
+
+
 def test_targets_name_variants_that_benchmarks_have() -> None:
     from fastmkd.bench.cases import import_time
     from fastmkd.bench.registry import benchmarks

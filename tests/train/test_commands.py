@@ -112,7 +112,7 @@ def test_debug_shows_where(recipes, monkeypatch):
 def test_missing_extra_says_what_to_install(recipes, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     assert main(["train", "teacher.yaml"]) == 2
-    assert 'pip install "fastmkd[train]"' in capsys.readouterr().err
+    assert 'pip install -e ".[train]" in the repository' in capsys.readouterr().err
 
 
 def test_help_lists_every_command(capsys):
