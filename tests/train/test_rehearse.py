@@ -60,7 +60,7 @@ def test_each_link_of_a_chain_is_tried_first(recipes):
         assemble(load_recipe("last.yaml"), begin)
     with pytest.raises(UserError, match="method MaskedKD does not fit"):
         assemble(load_recipe("last.yaml", ["--teacher.options={method.init_args.base: logits}"]), begin)
-    with pytest.raises(UserError, match="teacher.name is 'deit_tinny'"):
+    with pytest.raises(UserError, match=r"teacher\.name is 'deit_tinny'"):
         assemble(load_recipe("last.yaml", ["--teacher.options={teacher.options: {student.name: deit_tinny}}"]), begin)
     Path("assistant.yaml").write_text(
         text.replace("teacher.yaml", "last.yaml").replace("name: student", "name: circle")
