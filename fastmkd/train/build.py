@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from ..methods import DistillMethod
 from ..nn import MaskedViT
 from .data import DataSource, load_data
 from .errors import UserError
+from .loading import epoch_plan
 from .models import build_model, load_weights, method_arguments, model_kwargs
+from .optim import build_optimizer
 from .recipe import identity, load_recipe
 from .rundir import RunDir
 from .schema import ModelRecipe, Recipe, TeacherRecipe
@@ -34,6 +37,7 @@ __all__ = [
     "method_class",
     "open_run",
     "refuse_to_train",
+    "rehearse",
     "teacher_recipe",
     "trained_student",
 ]
@@ -78,7 +82,7 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any], weights: str | Path
 
     Args:
         recipe: what to make.
-        train: called with the teacher's recipe if that has to be trained first.
+        train: called with the teacher's recipe if that has to be trained first, once `rehearse` has found no mistake.
         weights: of the student, in place of the first ones.
 
     Raises:
@@ -89,6 +93,7 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any], weights: str | Path
     teacher = None
     own_identity = identity(recipe)
     if recipe.teacher is not None:
+        rehearse(recipe, source)
         found = find_teacher(recipe, train)
         teacher = build_model(found, model_kwargs(found, source), "teacher")
         if found.weights is not None:
@@ -102,11 +107,6 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any], weights: str | Path
         load_weights(student, weights, "student")
     seed_all(recipe.seed, "method")
     method = build_method(recipe, student, teacher, source)
-    if method.pretrains and recipe.ema is not None:
-        raise UserError(
-            f"ema averages a student for its tests, and {type(method).__name__} tests what it pre-trains by its loss; "
-            "remove ema, or give it to the recipe that fine-tunes."
-        )
     description = {
         "recipe": dataclasses.asdict(recipe),
         "student": {"name": recipe.student.name, "kwargs": kwargs},
@@ -123,6 +123,54 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any], weights: str | Path
     return Setup(recipe, source, student, teacher, method, own_identity, description)
 
 
+def rehearse(recipe: Recipe, source: DataSource) -> None:
+    """Makes what would be made after the teacher's training and throws it away, so that mistakes show before it.
+
+    Of a chain of teachers that are all to be trained each link is made. Teachers have no weights here. Random numbers
+    are seeded anew for what is made to stay.
+
+    Args:
+        recipe: of the student; nothing is done if its teacher need not be trained.
+        source: its data.
+
+    Raises:
+        UserError: student, method, optimizer or batch size of a recipe do not fit, or the chain is a circle.
+    """
+    chain = [recipe]
+    while (following := _untrained_teacher(chain[-1])) is not None:
+        if following.run_dir in [link.run_dir for link in chain]:
+            names = " <- ".join(link.name for link in [*chain, following])
+            raise UserError(f"the teachers {names} wait for each other; give one of them teacher.weights.")
+        chain.append(following)
+    awaited = [link.run_dir.resolve() for link in chain[1:]]
+    for link, of_teacher in itertools.pairwise(chain):
+        next_source = load_data(of_teacher.data)
+        task_of(next_source).check(of_teacher, method_class(of_teacher).tasks)
+        bare = ModelRecipe(of_teacher.student.name, of_teacher.student.kwargs)
+        teacher = build_model(bare, model_kwargs(bare, next_source), "teacher")
+        if not _reads_from([link.student.weights, link.student.backbone, link.method.init_args], awaited):
+            student = build_model(link.student, model_kwargs(link.student, source), "student")
+            method = build_method(link, student, teacher, source)
+            build_optimizer(link.optim, student, method.heads, 1)
+            epoch_plan(len(source.train), link.data.batch_size, link.seed, 0, group=link.optim.accumulate)
+        source = next_source
+
+
+def _untrained_teacher(recipe: Recipe) -> Recipe | None:
+    """The teacher's recipe, if the teacher is to be its student and has no finished run."""
+    of_teacher = teacher_recipe(recipe)
+    given = recipe.teacher is not None and recipe.teacher.weights is not None
+    return None if of_teacher is None or given or RunDir(of_teacher.run_dir).result() else of_teacher
+
+
+def _reads_from(value: Any, folders: Sequence[Path]) -> bool:
+    """Whether a file in one of these folders, which is yet to come, is named anywhere in a value."""
+    if isinstance(value, dict | list | tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        return any(_reads_from(part, folders) for part in parts)
+    return isinstance(value, str) and any(folder in Path(value).resolve().parents for folder in folders)
+
+
 def _digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
@@ -137,7 +185,7 @@ def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None, 
         source: the data, for a method that asks for their size or classes and whose recipe is silent.
 
     Raises:
-        UserError: the method refuses its arguments or the networks.
+        UserError: the method refuses its arguments or the networks, or has no use for the recipe's moving average.
     """
     kind: Any = method_class(recipe)
     arguments = dict(recipe.method.init_args)
@@ -151,6 +199,11 @@ def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None, 
             raise
         raise UserError(f"method {kind.__name__} does not fit: {error}") from error
     assert isinstance(method, DistillMethod)
+    if method.pretrains and recipe.ema is not None:
+        raise UserError(
+            f"ema averages a student for its tests, and {type(method).__name__} tests what it pre-trains by its loss; "
+            "remove ema, or give it to the recipe that fine-tunes."
+        )
     return method
 
 

@@ -102,7 +102,7 @@ def tuning_recipe(
         defaults |= {"name": f"{source.stem}-{command}", "student.name": None, "student.backbone": str(source)}
     else:
         raise UserError(f"{source} does not exist; give the folder of a finished run, or a file of weights.")
-    recipe = load_recipe(options=options, changes=changes, defaults=defaults)
+    recipe = _load(command, options, changes, defaults)
     if not recipe.student.name:
         raise UserError(
             f"student.name is not given, and {source} does not say which network it is of; give --student.name (and "
@@ -111,6 +111,18 @@ def tuning_recipe(
     if command == "finetune" and _takes_drop_path(recipe.student.name):
         recipe.student.kwargs.setdefault("drop_path_rate", DROP_PATH)
     return recipe
+
+
+def _load(command: str, options: Sequence[str], changes: dict[str, Any] | None, defaults: dict[str, Any]) -> Recipe:
+    """The recipe; a warm-up that nobody asked for and that is longer than the training becomes the same share of it."""
+    try:
+        return load_recipe(options=options, changes=changes, defaults=defaults)
+    except UserError:
+        # Whatever else is wrong is said again here, and what was asked for stays: only the default is replaced.
+        plain = load_recipe(options=options, changes=changes, defaults={**defaults, "schedule.warmup_epochs": 0.0})
+        usual = DEFAULTS[command]
+        warmup = plain.schedule.epochs * usual["schedule.warmup_epochs"] / usual["schedule.epochs"]
+        return load_recipe(options=options, changes=changes, defaults={**defaults, "schedule.warmup_epochs": warmup})
 
 
 def _of_run(recipe: Recipe, run: RunDir, command: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..methods.strategies import ExternalSaliency, Random, Scores
 from ..ops import select_tokens
 from .accelerator import make_accelerator
 from .augment import Finisher
-from .build import Setup, assemble
+from .build import Setup, assemble, method_class
 from .checkpoint import atomic_write
 from .cost import vit_macs
 from .engine import train
@@ -33,10 +33,11 @@ from .errors import UserError
 from .loading import Loader
 from .models import load_weights
 from .rundir import RunDir
+from .schema import Recipe
 from .seeds import generator
 from .show import open_recipe
 
-__all__ = ["Drift", "DriftMeter", "Tolerance", "choose_guide", "main", "search"]
+__all__ = ["Drift", "DriftMeter", "Tolerance", "check_recipe", "choose_guide", "main", "search"]
 
 STEPS = 10
 
@@ -165,36 +166,45 @@ def search(meter: Any, patches: int, tolerance: Tolerance) -> tuple[int, list[Dr
     return best, sorted(measured, key=lambda drift: -drift.keep)
 
 
+def check_recipe(recipe: Recipe, guide: str) -> None:
+    """Refuses a recipe whose teacher sees everything; before that teacher is trained.
+
+    Args:
+        recipe: names the method.
+        guide: see `choose_guide`.
+
+    Raises:
+        UserError: the method masks no teacher, or the student is to rank patches but its run has not finished.
+    """
+    kind, run = method_class(recipe), RunDir(recipe.run_dir)
+    if not issubclass(kind, MaskedKD):
+        raise UserError(f"suggest-keep measures the masked teacher of MaskedKD; this method is {kind.__name__}.")
+    if recipe.method.init_args.get("mask", "teacher") != "teacher":
+        raise UserError("this recipe masks the student, so its teacher sees everything; set mask: teacher.")
+    if recipe.method.init_args.get("teacher_tokens", "mask") != "mask":
+        raise UserError("this recipe merges the teacher's tokens and hides no patch; set teacher_tokens: mask.")
+    if guide == "student" and run.result() is None:
+        raise UserError(f"{recipe.name} has no finished run in {run.path}; train it, or use --guide teacher.")
+
+
 def choose_guide(setup: Setup, guide: str) -> str:
     """Gives student or strategy what they need to rank patches, and says who ranks them.
 
     Args:
-        setup: of the recipe; the student's weights are loaded, or the method's strategy replaced.
+        setup: of a recipe that `check_recipe` takes; the student's weights are loaded, or the method's strategy
+            replaced.
         guide: "student" (of the finished run), "teacher" (its own saliency), or "auto": the student if its run has
             finished, else the teacher. A strategy that does not look at the student is left as it is.
 
     Returns:
         Who ranks the patches, in words.
-
-    Raises:
-        UserError: the student is wanted but its run has not finished, or the method masks no teacher.
     """
     method, run = setup.method, RunDir(setup.recipe.run_dir)
-    if not isinstance(method, MaskedKD):
-        raise UserError(
-            f"suggest-keep measures the masked teacher of MaskedKD; this method is {type(method).__name__}."
-        )
-    if method.mask != "teacher":
-        raise UserError("this recipe masks the student, so its teacher sees everything; set mask: teacher.")
-    if method.teacher_tokens != "mask":
-        raise UserError("this recipe merges the teacher's tokens and hides no patch; set teacher_tokens: mask.")
+    assert isinstance(method, MaskedKD)
     student: Any = setup.student
     if guide == "auto" and not method.looks_at_student:
         return f"strategy {type(method.strategy).__name__}"
-    finished = run.result() is not None
-    if guide == "student" or (guide == "auto" and finished):
-        if not finished:
-            raise UserError(f"{setup.recipe.name} has no finished run in {run.path}; train it, or use --guide teacher.")
+    if guide == "student" or (guide == "auto" and run.result() is not None):
         load_weights(student, run.weights, "student")
         return "saliency of the trained student"
     assert setup.teacher is not None
@@ -229,7 +239,11 @@ def main(argv: Sequence[str]) -> int:
         argv: after the command's name.
     """
     # The standard parser, because jsonargparse has no way to hand the recipe's own options on.
-    parser = argparse.ArgumentParser(prog="fastmkd suggest-keep", description="Finds how few patches a teacher needs.")
+    parser = argparse.ArgumentParser(
+        prog="fastmkd suggest-keep",
+        description="Finds how few patches a teacher needs. A teacher that has no finished run is trained first.",
+        allow_abbrev=False,
+    )
     parser.add_argument("target", help="recipe (YAML) or folder of a finished run, of MaskedKD")
     parser.add_argument("--agreement", type=float, default=0.95, help="least share of equal first choices")
     parser.add_argument("--kl", type=float, default=math.inf, help="largest mean KL(full || masked), in nats")
@@ -243,7 +257,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--kl is {arguments.kl}; expected a number of nats, at least 0.")
     if arguments.pictures < 2:
         raise UserError(f"--pictures is {arguments.pictures}; expected at least 2.")
-    setup = assemble(open_recipe(arguments.target, options), train)
+    recipe = open_recipe(arguments.target, options)
+    check_recipe(recipe, arguments.guide)
+    setup = assemble(recipe, train)
     guide = choose_guide(setup, arguments.guide)
     assert isinstance(setup.method, MaskedKD)
     device = make_accelerator(setup.recipe).device

@@ -18,6 +18,7 @@ from fastmkd.train.errors import UserError
 from fastmkd.train.finetune import DEFAULTS, tuning_recipe
 from fastmkd.train.recipe import flatten, load_recipe, recipe_from_dict
 from fastmkd.train.rundir import RunDir
+from fastmkd.train.schema import Recipe
 
 PAGE = Path(__file__).parents[2] / "docs/finetune.md"
 SHORT = ["--schedule.epochs=2", "--schedule.warmup_epochs=0", "--run.tensorboard=false"]
@@ -184,6 +185,20 @@ def test_a_file_of_keys_wins_over_the_defaults_and_options_over_both(taught):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("command", "usual", "short"), [("finetune", 5.0, 0.2), ("probe", 10.0, 4 / 9)])
+def test_the_default_warm_up_gives_way_to_a_short_training(command, usual, short):
+    """And only then: runs that had the usual one keep it."""
+
+    def warmup(*options: str) -> float:
+        return tuning_recipe(command, Recipe(), list(options)).schedule.warmup_epochs
+
+    assert warmup() == warmup("--schedule.epochs=10") == usual
+    assert warmup("--schedule.epochs=4") == pytest.approx(short)
+    assert warmup("--schedule.epochs=4", "--schedule.warmup_epochs=3") == 3
+    with pytest.raises(UserError, match=r"schedule\.warmup_epochs is 5.0; expected a number from 0 to 4"):
+        warmup("--schedule.epochs=4", "--schedule.warmup_epochs=5")
+
+
 MISTAKES = [
     (["--seed=1"], "the run must come before --seed=1"),
     (["runs/nothing"], "runs/nothing does not exist"),
@@ -191,7 +206,8 @@ MISTAKES = [
     (["."], "is not the folder of a run"),
     (["runs/begun"], "runs/begun has not finished"),
     (["runs/teacher/model.safetensors"], "student.name is not given"),
-    (["runs/teacher", "--schedule.epochs=3"], "schedule.warmup_epochs is"),
+    (["runs/teacher", "--schedule.epochs=3", "--schedule.warmup_epochs=4"], "schedule.warmup_epochs is 4.0"),
+    (["runs/teacher", "--schedule.epoch=3"], "--schedule.epoch=3"),
     (["runs/teacher", "--data.label_fraction=0"], "data.label_fraction is 0.0; expected"),
     (["runs/teacher", "--data.label_fraction=1.5"], "data.label_fraction is 1.5; expected"),
     (["runs/teacher", "--data.limit=5", "--data.label_fraction=0.5"], "takes 1 of the 5 training pictures"),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmkd.reference import masked_vit_forward, masked_vit_saliency
+from fastmkd.train import suggest_keep
 from fastmkd.train.build import assemble
 from fastmkd.train.cli import main
 from fastmkd.train.engine import train
@@ -113,12 +114,22 @@ def test_command_on_a_recipe_and_on_a_run(taught, capsys):
         (["student.yaml", "--pictures=1"], "--pictures is 1"),
         (["student.yaml", "--method.init_args.mask=student"], "masks the student"),
         (["student.yaml", "--method.init_args={keep_ratio: 1, teacher_tokens: merge}"], "hides no patch"),
+        (["student.yaml", "--picture=20"], "--picture"),
         (["."], "no recipe.json"),
     ],
 )
-def test_mistakes(taught, capsys, arguments, said):
+def test_mistakes_come_before_the_teachers_training(recipes, monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(suggest_keep, "assemble", lambda *_: pytest.fail("it went on"))
     assert main(["suggest-keep", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_untrained_teacher_is_trained_first_and_the_help_says_so(recipes, capsys):
+    with pytest.raises(SystemExit):
+        main(["suggest-keep", "--help"])
+    assert "A teacher that has no finished run is trained first." in " ".join(capsys.readouterr().out.split())
+    assert main(["suggest-keep", "student.yaml", "--pictures=4"]) == 0
+    assert (recipes / "runs/teacher/result.json").is_file()
 
 
 def test_bases_and_strategies_are_recipe_keys(taught, capsys):
