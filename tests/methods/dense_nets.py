@@ -57,7 +57,11 @@ def detector(kind: str = "retinanet", seed: int = 0, size: int = 96, **backbone:
     if kind == "retinanet":
         return RetinaNet(body, CLASSES, **sides)
     if kind == "fcos":
-        return FCOS(body, CLASSES, **sides)
+        model: Any = FCOS(body, CLASSES, **sides)
+        # The group norms of a level of one position say exactly their bias: at 0 the ReLU behind them has no slope.
+        for norm in (part for part in model.head.modules() if isinstance(part, nn.GroupNorm)):
+            nn.init.normal_(norm.bias, std=0.1)
+        return model
     if kind == "reppoints":
         return RepPoints(body, CLASSES, width=32, **sides)
     anchors = AnchorGenerator(tuple((side,) for side in (8, 16, 32, 64, 96)), ((1.0,),) * 5)
