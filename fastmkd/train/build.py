@@ -189,7 +189,9 @@ def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None, 
     """
     kind: Any = method_class(recipe)
     arguments = dict(recipe.method.init_args)
-    for name, value in {"image_size": source.image_size, "train_labels": source.train.labels}.items():
+    # Of a detector the data's size is the shorter side alone, and its transform tells a method the whole.
+    size = None if source.task == "detection" else source.image_size
+    for name, value in {"image_size": size, "train_labels": source.train.labels}.items():
         if name in inspect.signature(kind).parameters and arguments.get(name) is None:
             arguments[name] = value
     try:

@@ -128,3 +128,10 @@ def test_nothing_is_added_to_the_weights_and_doubles_stay_doubles(name, image):
     with torch.no_grad():
         (found,) = model([image.double()])
     assert found["boxes"].dtype == torch.float64
+
+
+def test_regions_are_read_from_maps_in_half_precision_without_autocast():
+    """A network that is in float16 as a whole; boxes in float32 would not be taken there."""
+    pool = build_detector("faster_rcnn", **SMALL, representation_size=32).roi_heads.box_roi_pool
+    maps = {str(i): torch.rand(1, 64, SIZE[0] // s, SIZE[1] // s).half() for i, s in enumerate((4, 8, 16, 32))}
+    assert pool(maps, [torch.tensor([[10.0, 10, 60, 60]])], [SIZE]).dtype == torch.float16

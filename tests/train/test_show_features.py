@@ -82,6 +82,7 @@ def test_features_by_the_trained_decoders(recipe, task, ema, capsys):
 
 def test_features_of_a_method_beside_mkd(recipe, monkeypatch):
     setup = assemble(recipe("detection", "--method=fastmkd.DenseKD", "--method.init_args.base=fgd"), train)
+    assert setup.method.levels[0].size == (8, 16)  # at stride 8, of the 64 x 128 pixels that a picture has at most
     drawn = []
     monkeypatch.setattr(show_module, "draw_panel", lambda cell, panel, index, inputs: drawn.append(panel))
     show_features(setup, "features.png", count=2)
