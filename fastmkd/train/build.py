@@ -21,7 +21,7 @@ from .errors import UserError
 from .models import build_model, load_weights, method_arguments, model_kwargs
 from .recipe import identity, load_recipe
 from .rundir import RunDir
-from .schema import ModelRecipe, Recipe, TeacherRecipe
+from .schema import ModelRecipe, Recipe, StoredRecipe, TeacherRecipe
 from .seeds import seed_all
 from .tasks import task_of
 
@@ -176,7 +176,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe | None:
     teacher = recipe.teacher
     if teacher is None or teacher.recipe is None:
         return None
-    loaded = load_recipe(teacher.recipe, changes=teacher.options)
+    loaded = load_recipe(teacher.recipe, changes=teacher.options, stored=isinstance(recipe, StoredRecipe))
     loaded.run.root = recipe.run.root
     loaded.run.device = recipe.run.device
     loaded.run.tensorboard = recipe.run.tensorboard
