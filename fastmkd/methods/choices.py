@@ -42,6 +42,8 @@ def choose(name: str, value: Any, kind: type[T], known: Mapping[str, Callable[[]
             maker = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError):
             raise ValueError(f"{name}.class_path is {value['class_path']!r}, which cannot be imported.") from None
+        if not (isinstance(maker, type) and issubclass(maker, kind)):  # nothing else is called
+            raise TypeError(f"{name}.class_path is {value['class_path']!r}, which is no class of {kind.__name__}.")
         value = maker(**(value.get("init_args") or {}))
     if not isinstance(value, kind):
         raise TypeError(

@@ -24,7 +24,7 @@ from .models import build_model, load_weights, method_arguments, model_kwargs
 from .optim import build_optimizer
 from .recipe import identity, load_recipe
 from .rundir import RunDir
-from .schema import ModelRecipe, Recipe, TeacherRecipe
+from .schema import ModelRecipe, Recipe, StoredRecipe, TeacherRecipe
 from .seeds import seed_all
 from .tasks import task_of
 
@@ -231,7 +231,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe | None:
     teacher = recipe.teacher
     if teacher is None or teacher.recipe is None:
         return None
-    loaded = load_recipe(teacher.recipe, changes=teacher.options)
+    loaded = load_recipe(teacher.recipe, changes=teacher.options, stored=isinstance(recipe, StoredRecipe))
     loaded.run.root = recipe.run.root
     loaded.run.device = recipe.run.device
     loaded.run.tensorboard = recipe.run.tensorboard

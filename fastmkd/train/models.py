@@ -28,6 +28,9 @@ LONGER = 1333 / 800
 # Arguments of timm.create_model that name files to load.
 LOADING = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
+# What PyTorch says of a pickle that names something to be called or made, as against one that it cannot follow.
+CODE = ("GLOBAL", "unrecognized function", "unsupported class", "Can only create new object", "Can only build")
+
 # A recipe's name cifar.vgg13 is CRD's network for 32 x 32 pixels; vgg13 is timm's.
 CIFAR = {f"cifar.{name}": getattr(cifar, name) for name in cifar.__all__ if name.islower()}
 
@@ -150,13 +153,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip, EOF, runtime and value errors for one broken file or another
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if any(sign in str(error) for sign in CODE):
             raise UserError(
                 f"the weights {path} hold more than tensors, and loading them could run code; it was refused. "
                 "Convert the file to .safetensors where it can be trusted."
             ) from None
         kind = type(error).__name__
-        raise UserError(f"the weights {path} are cut off or damaged ({kind}); get the file again.") from None
+        raise UserError(
+            f"the weights {path} are cut off or damaged, or no weights that torch.save wrote ({kind}); get the file "
+            "again."
+        ) from None
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, shorten
-from .schema import MethodRecipe, Recipe
+from .schema import MethodRecipe, Recipe, StoredRecipe
+from .trust import known_code_only, refuse_foreign
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -52,6 +54,7 @@ def load_recipe(
     options: Sequence[str] = (),
     changes: dict[str, Any] | None = None,
     defaults: dict[str, Any] | None = None,
+    stored: bool = False,
 ) -> Recipe:
     """Reads and checks a recipe.
 
@@ -60,6 +63,7 @@ def load_recipe(
         options: command-line options such as ``--optim.lr=1e-3``; they win over the file.
         changes: the same by dotted key; they win over `options`.
         defaults: by dotted key, for what neither says; in place of those of `Recipe`.
+        stored: True if the folder of a run named the file, and so may name no code but fastmkd's.
 
     Returns:
         The recipe. A relative `teacher.recipe` is resolved against the folder of `path`.
@@ -84,12 +88,16 @@ def load_recipe(
         # One line; a bare scalar ends in YAML's end-of-document mark.
         text = yaml.safe_dump(value, default_flow_style=True, width=2**31).removesuffix("...\n").strip()
         argv.append(f"--{key}={text}")
+    parser = recipe_parser(defaults=defaults)
     try:
-        config = recipe_parser(defaults=defaults).parse_args(argv)
+        with known_code_only() if stored else contextlib.nullcontext():
+            config = parser.parse_args(argv)
     except (argparse.ArgumentError, yaml.YAMLError) as error:
         where = f"the recipe {path}" if path is not None else "the recipe"
         raise UserError(f"{where} is not right: {_plain(str(error))}") from None
-    recipe = _from_dict(Recipe, config.as_dict())
+    recipe: Recipe = _from_dict(StoredRecipe if stored else Recipe, config.as_dict())
+    if stored:
+        refuse_foreign(recipe.method.init_args)
     if recipe.teacher is not None and recipe.teacher.recipe is not None and path is not None:
         recipe.teacher.recipe = str(Path(path).parent / recipe.teacher.recipe)
     _check(recipe)
@@ -122,26 +130,29 @@ def _count(node: Any, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def recipe_from_dict(values: dict[str, Any]) -> Recipe:
-    """Checks and returns a recipe that `dataclasses.asdict` and JSON have made plain.
+def recipe_from_dict(values: dict[str, Any]) -> StoredRecipe:
+    """Checks and returns a recipe that `dataclasses.asdict` and JSON have made plain, from the folder of a run.
 
     Args:
         values: by key.
 
     Raises:
-        UserError: an unknown key or a value of the wrong type or range.
+        UserError: an unknown key, a value of the wrong type or range, or code that is not fastmkd's.
 
     Example:
         >>> recipe_from_dict({"name": "again"}).name
         'again'
     """
+    refuse_foreign(values)
+    parser = recipe_parser()
     try:
-        config = recipe_parser().parse_object(values)
+        with known_code_only():
+            config = parser.parse_object(values)
     except argparse.ArgumentError as error:
         raise UserError(f"the recipe of the run is not right: {_plain(str(error))}") from None
-    recipe = _from_dict(Recipe, config.as_dict())
+    recipe: StoredRecipe = _from_dict(StoredRecipe, config.as_dict())
+    refuse_foreign(recipe.method.init_args)  # with what jsonargparse has read from files that are named in `values`
     _check(recipe)
-    assert isinstance(recipe, Recipe)
     return recipe
 
 

@@ -28,6 +28,32 @@ __all__ = ["RunDir"]
 _held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
 os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
+# What ``recipe.json`` holds at least: types of values by key.
+DESCRIPTION: dict[str, Any] = {
+    "identity": {},
+    "recipe": {"name": str, "data": {}, "student": {}, "augment": {}, "method": {}, "seed": int},
+    "student": {"name": str, "kwargs": {}},
+    "data": {"name": str, "classes": [str], "channels": int, "image_size": int, "mean": [float], "std": [float]},
+}
+
+
+def _misfit(value: Any, wanted: Any, name: str = "") -> str:
+    """Says which part of a JSON value is missing or of another type than wanted, "" if none is."""
+    if isinstance(wanted, dict):
+        if not isinstance(value, dict):
+            return f"{name} is no mapping"
+        inside = f"{name}." if name else ""
+        found = (
+            f"{inside}{key} is missing" if key not in value else _misfit(value[key], part, inside + key)
+            for key, part in wanted.items()
+        )
+        return next(filter(None, found), "")
+    if isinstance(wanted, list):
+        right = isinstance(value, list) and not any(_misfit(part, wanted[0], name) for part in value)
+        return "" if right else f"{name} is no list of {wanted[0].__name__}"
+    right = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
+    return "" if right else f"{name} is no {wanted.__name__}"
+
 
 @dataclass
 class RunDir:
@@ -158,7 +184,13 @@ class RunDir:
         Raises:
             UserError: it is damaged.
         """
-        return self._read_json("recipe.json")
+        content = self._read_json("recipe.json")
+        if content is not None and (wrong := _misfit(content, DESCRIPTION)):
+            raise UserError(
+                f"{self.path / 'recipe.json'} is damaged: {wrong}; remove the folder {self.path} or choose another "
+                "run.dir."
+            )
+        return content
 
     def result(self) -> dict[str, Any] | None:
         """Returns what came out of the run, None if it has not finished."""
@@ -199,7 +231,7 @@ class RunDir:
             return None
         try:
             content = json.loads(path.read_text())
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{path} is damaged; remove the folder {self.path} or choose another run.dir.") from None
         if not isinstance(content, dict):
             raise UserError(f"{path} is damaged; remove the folder {self.path} or choose another run.dir.")

@@ -20,6 +20,7 @@ __all__ = [
     "Recipe",
     "RunRecipe",
     "ScheduleRecipe",
+    "StoredRecipe",
     "TeacherRecipe",
 ]
 
@@ -296,3 +297,12 @@ class Recipe:
     def run_dir(self) -> Path:
         """Folder of this run."""
         return Path(self.run.dir) if self.run.dir else Path(self.run.root) / self.name
+
+
+class StoredRecipe(Recipe):
+    """A recipe out of the folder of a run: data, which may name no code but fastmkd's, see `fastmkd.train.trust`.
+
+    Example:
+        >>> StoredRecipe().data.name
+        'digits'
+    """

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import gzip
+import hashlib
 import io
 import json
 import os
 import pickle
 import random
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from PIL import Image
 
 from fastmkd.methods.strategies import ExternalSaliency
 from fastmkd.train import cli
-from fastmkd.train.checkpoint import load_checkpoint, save_tensors
+from fastmkd.train.checkpoint import load_checkpoint, save_checkpoint, save_tensors
 from fastmkd.train.coco import read_coco
 from fastmkd.train.data import load_data
 from fastmkd.train.encoder_checkpoint import load_encoder_checkpoint
@@ -86,7 +88,18 @@ def taken(tmp_path):
     assert (tmp_path / "taken").exists()
 
 
-REFUSED = r"hold more than tensors, and loading them could run code; it was refused|cut off or damaged"
+def checkpoint_of(file: Path, folder: Path) -> Path:
+    """A checkpoint whose sizes and digests are right, with a file as its weights."""
+    checkpoint = save_checkpoint(folder, 1, {"method": {"a": torch.ones(3)}}, {})
+    content = file.read_bytes()
+    (checkpoint / "method.safetensors").write_bytes(content)
+    said = json.loads((checkpoint / "state.json").read_text())
+    said["files"]["method.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "state.json").write_text(json.dumps({key: said[key] for key in ("format", "step", "files", "state")}))
+    return checkpoint
+
+
+REFUSED = r"hold more than tensors, and loading them could run code; it was refused|are cut off or damaged"
 
 
 def test_no_loader_runs_code(tmp_path, taken):
@@ -102,8 +115,8 @@ def test_no_loader_runs_code(tmp_path, taken):
         ):
             with pytest.raises(UserError, match=REFUSED):
                 load(file)
-        with pytest.raises(UserError, match="is not a checkpoint"):
-            load_checkpoint(file)
+        with pytest.raises(UserError, match=r"method\.safetensors cannot be read .*use an older one"):
+            load_checkpoint(checkpoint_of(file, tmp_path / "checkpoints" / file.name))
         assert not taken.exists(), file
 
 
@@ -128,11 +141,14 @@ def test_no_part_of_a_run_runs_code(recipes, taken, capsys):
     for file in next((run / "checkpoints").iterdir()).glob("*.safetensors"):
         file.write_bytes(evil)
     for command in (
-        ["eval", str(run)], ["export", str(run), "out.safetensors"], ["finetune", str(run)], ["show", str(run)],
-        ["train", "student.yaml"],
+        ["eval", str(run)], ["export", str(run), "--out=out.safetensors"], ["export", str(run), "--out=out.onnx"],
+        ["finetune", str(run)], ["show", str(run)], ["train", "student.yaml"],
     ):  # fmt: skip
         assert cli.main(command) == 2, command
-        assert "Traceback" not in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert re.search(rf"the weights \S*model\.safetensors (?:{REFUSED})", said), command
+        assert "Traceback" not in said
+        assert not list(recipes.glob("out.*"))
     (run / "result.json").unlink()
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
         train(load_recipe("teacher.yaml"))

@@ -138,6 +138,28 @@ def test_cut_off_files_are_said_to_be(tmp_path, name):
         read_state_dict(tmp_path / "none.pth")
 
 
+PLAIN = {
+    "page": b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head></html>\n",
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n",
+    "json": b'{"message": "Not Found"}',
+    "text": b"hello world\n",
+    "zeros": bytes(1000),
+    "bytes": bytes(range(256)) * 4,
+    "gzip": b"\x1f\x8b\x08\x00" + bytes(100),
+    "pickle": b"\x80\x02garbage",
+    "numbers": pickle.dumps({"a": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_files_that_are_no_weights_are_not_said_to_be_malicious(tmp_path, kind):
+    """A user who has saved the page of an error should not be told to convert it where it can be trusted."""
+    for name in ("w.pth", "w.bin"):
+        (tmp_path / name).write_bytes(PLAIN[kind])
+        with pytest.raises(UserError, match=r"are cut off or damaged, or no weights that torch\.save wrote .*again\.$"):
+            read_state_dict(tmp_path / name)
+
+
 def test_a_pickle_of_something_else(tmp_path):
     torch.save([1, 2, 3], tmp_path / "list.pth")
     with pytest.raises(UserError, match="not a dict of tensors"):
