@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-MOST_GROWTH = 12 * 2**20  # of the memory of the process, and of its readers together, which an allocator cuts up
+MOST_GROWTH = 6 * 2**20  # of the memory of the process, and of its readers together, which an allocator cuts up
 
 RECIPE = """
 name: soak
