@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fastmkd.ops.accuracy import Verdict
+from fastmkd.ops.devices import check_device
 
 from . import environment, progress
 from .memory import peak_bytes
@@ -176,11 +177,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for entry in benchmarks().values():
             print(f"{entry.name:<22} {entry.summary} [{', '.join(entry.devices)}; {', '.join(entry.dtypes)}]")
         return 0
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(
-            "fastmkd bench: --device cuda was asked for, but torch.cuda.is_available() is False here.", file=sys.stderr
-        )
+    try:
+        device = check_device("--device", arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        print(f"fastmkd bench: {error}", file=sys.stderr)
         return 2
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from ..ops.devices import check_device
 from .losses import cross_entropy
 
 __all__ = ["DistillMethod", "DistillOutput", "Panel", "split_heads", "supervised_loss"]
@@ -81,7 +82,7 @@ class DistillMethod(nn.Module):
 
     Raises:
         TypeError: `student` or `teacher` is not a module.
-        ValueError: `student` and `teacher` are the same object.
+        ValueError: `student` and `teacher` are the same object, or `teacher_device` is not there.
 
     Example:
         >>> method = DistillMethod(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -106,6 +107,8 @@ class DistillMethod(nn.Module):
             raise TypeError(f"teacher is a {type(teacher).__name__}; expected a torch.nn.Module.")
         if teacher is None and teacher_device is not None:
             raise ValueError(f"teacher_device is {teacher_device} but there is no teacher to put there.")
+        if teacher_device is not None:
+            teacher_device = check_device("teacher_device", teacher_device)
         shared = set() if teacher is None else set(map(id, student.parameters())) & set(map(id, teacher.parameters()))
         if shared:
             raise ValueError(

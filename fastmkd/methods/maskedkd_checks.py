@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 from torch import nn
 
@@ -19,12 +20,21 @@ def check_numbers(keep_ratio: float, weight: float, ce_weight: float, temperatur
 
     Raises:
         ValueError: one is out of range.
+        TypeError: one is no number.
 
     Example:
         >>> check_numbers(0.5, 1.0, 1.0, 1.0, micro_batches=0)
         Traceback (most recent call last):
         ValueError: micro_batches is 0; expected a whole number of at least 1.
     """
+    expected = {
+        "keep_ratio": (keep_ratio, "a number above 0 and at most 1"),
+        "weight": (weight, "a finite number of at least 0"),
+        "ce_weight": (ce_weight, "a finite number of at least 0"),
+        "temperature": (temperature, "a finite positive number"),
+    }
+    for name, (number, what) in expected.items():
+        _check_number(name, number, what)
     if not 0 < keep_ratio <= 1:  # NaN fails too
         raise ValueError(f"keep_ratio is {keep_ratio}; expected a share of the patches above 0 and at most 1.")
     for name, value in (("weight", weight), ("ce_weight", ce_weight)):
@@ -36,6 +46,11 @@ def check_numbers(keep_ratio: float, weight: float, ce_weight: float, temperatur
         raise ValueError(f"temperature is {temperature}; expected a finite positive number.")
     if not isinstance(micro_batches, int) or isinstance(micro_batches, bool) or micro_batches < 1:
         raise ValueError(f"micro_batches is {micro_batches!r}; expected a whole number of at least 1.")
+
+
+def _check_number(name: str, value: object, expected: str) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected {expected}.")
 
 
 def check_keep_mass(
@@ -59,6 +74,7 @@ def check_keep_mass(
     Raises:
         ValueError: what is against it.
     """
+    _check_number("keep_mass", keep_mass, "a number above 0 and at most 1")
     if not 0 < keep_mass <= 1:  # NaN fails too
         raise ValueError(f"keep_mass is {keep_mass}; expected a share of the saliency above 0 and at most 1.")
     if mask != "teacher":

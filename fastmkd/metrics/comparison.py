@@ -16,7 +16,7 @@ from ..ops import centred_gram
 from ..ops.centred_gram import MIN_BATCH
 from .cka import MinibatchCKA, as_rows
 
-__all__ = ["Comparison", "Taps", "compare", "eval_mode", "layer_names"]
+__all__ = ["Comparison", "Taps", "compare", "eval_mode", "images_of", "layer_names"]
 
 Layers = Sequence[str] | tuple[Sequence[str], Sequence[str]]
 
@@ -62,7 +62,7 @@ def compare(
 
     Raises:
         ValueError: a name that no module has, a layer that does not run exactly once, or no batch of 4 images.
-        TypeError: a layer whose output is not a tensor (or a tuple that starts with one).
+        TypeError: a layer whose output is not a tensor (or a tuple that starts with one), or a batch without images.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -78,7 +78,7 @@ def compare(
     taps_b = taps_a if same else Taps(model_b, names_b)
     with eval_mode(model_a, model_b), taps_a, contextlib.nullcontext() if same else taps_b:
         for batch in loader:
-            images = batch[0] if isinstance(batch, tuple | list) else batch
+            images = images_of(batch)
             if len(images) < MIN_BATCH:
                 skipped += len(images)
                 continue
@@ -95,7 +95,29 @@ def compare(
             stacklevel=2,
         )
     own = torch.stack(per_batch).cpu() if per_batch else torch.empty(0, len(names_a), len(names_b), dtype=torch.float64)
-    return Comparison(total.compute().cpu(), own, names_a, names_b)
+    try:
+        cka = total.compute().cpu()  # over all ranks: one of them may have had no batch
+    except ValueError:
+        if per_batch:
+            raise
+        raise ValueError(f"loader gave no batch of at least {MIN_BATCH} images.") from None
+    return Comparison(cka, own, names_a, names_b)
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images of what a loader gave.
+
+    Args:
+        batch: images, or a tuple or list that starts with them.
+
+    Raises:
+        TypeError: anything else.
+    """
+    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(images, Tensor):
+        return images
+    inside = "" if images is batch else f" that starts with a {type(images).__name__}"
+    raise TypeError(f"loader gave a {type(batch).__name__}{inside}; expected images, or a tuple that starts with them.")
 
 
 def layer_names(model: nn.Module, layers: Sequence[str] | None = None, role: str = "model") -> list[str]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .comparison import Taps, eval_mode, layer_names
+from .comparison import Taps, eval_mode, images_of, layer_names
 
 __all__ = ["compare_cosine"]
 
@@ -45,7 +45,7 @@ def compare_cosine(model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any]
     values = []
     with eval_mode(model_a, model_b):
         for batch in loader:
-            images = batch[0] if isinstance(batch, tuple | list) else batch
+            images = images_of(batch)
             rows = []
             for taps, name in sides:
                 with taps:

@@ -59,6 +59,8 @@ def check_images(model: Any, images: Tensor) -> None:
     channels = embed.proj.in_channels
     if images.dim() != 4 or images.shape[1] != channels:
         raise ValueError(f"images has shape {tuple(images.shape)}; expected (B, {channels}, H, W).")
+    if not len(images):
+        raise ValueError(f"images holds no image; its shape is {tuple(images.shape)}.")
     height, width = images.shape[-2:]
     if getattr(embed, "strict_img_size", True) and embed.img_size is not None:
         if (height, width) != tuple(embed.img_size):

@@ -177,7 +177,9 @@ def _shifted_bayer(grid: tuple[int, int], noise: Tensor) -> Tensor:
 def _count_hidden(batch: int, grid: tuple[int, int], mask_ratio: float) -> int:
     """Number of hidden cells per image, after checking the arguments that all masks share."""
     if isinstance(batch, bool) or not isinstance(batch, int):
-        raise TypeError(f"batch is {batch!r}; expected an int, the number of images.")
+        # Whoever passes the images themselves must not get all their pixels back.
+        given = f"a {type(batch).__name__}" if hasattr(batch, "__len__") else repr(batch)
+        raise TypeError(f"batch is {given}; expected an int, such as len(images).")
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1.")
     if not isinstance(grid, (tuple, list)) or not all(isinstance(n, int) and not isinstance(n, bool) for n in grid):

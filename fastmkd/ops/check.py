@@ -16,6 +16,7 @@ import torch
 from . import cache
 from .accuracy import judge, upcast
 from .arguments import tensors
+from .devices import check_device
 from .registry import OPS, Backend, Op, Sample
 
 __all__ = ["Row", "check_all", "check_sample", "main"]
@@ -103,6 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in args.op if name not in OPS]
     if unknown:
         parser.error(f"there is no op {unknown[0]!r}; the ops are {', '.join(OPS)}")
+    try:
+        check_device("--device", args.device)
+    except ValueError as error:
+        parser.error(str(error))
 
     rows = []
     for row in check_all(args.device, args.op, args.huge):

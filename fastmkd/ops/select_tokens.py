@@ -46,7 +46,7 @@ def select_tokens(
     Raises:
         ValueError: `k` out of range, grids that do not fit, or scores that are not finite (on a GPU an asynchronous
             assert, so that the step does not wait).
-        TypeError: scores that are not floating point.
+        TypeError: scores that are not floating point, or a `k` or a grid that is not made of ints.
 
     Example:
         >>> select_tokens(torch.tensor([[0.1, 0.4, 0.4, 0.3]]), 2)
@@ -64,9 +64,17 @@ def select_tokens(
         raise TypeError(f"k is {k!r}; expected an int, the number of patches to keep.")
     if target_grid is not None and grid is None:
         raise ValueError("target_grid was given without grid; pass the (gh, gw) of the saliency map too.")
+    for name, size in (("grid", grid), ("target_grid", target_grid)):
+        if size is not None and not _is_size(size):
+            raise TypeError(f"{name} is {size!r}; expected (gh, gw), two ints.")
     gh, gw = (1, saliency.shape[1]) if grid is None else grid
     th, tw = (gh, gw) if target_grid is None else target_grid
     return _entry(saliency.detach().float().contiguous(), k, gh, gw, th, tw)
+
+
+def _is_size(size: object) -> bool:
+    whole = (int, torch.SymInt)  # the latter while torch.export traces
+    return isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, whole) for side in size)
 
 
 def reference(saliency: Tensor, k: int, grid_h: int, grid_w: int, target_h: int, target_w: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..metrics.comparison import Comparison, compare
 from ..metrics.cosine import compare_cosine
 from ..metrics.figures import draw_curves, draw_heat_map, draw_ranked, write_table
+from ..ops.devices import check_device
 from .augment import Finisher
 from .build import find_teacher, refuse_to_train, trained_student
 from .checkpoint import load_checkpoint
@@ -172,12 +173,16 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--batch_size is {arguments.batch_size}; unbiased HSIC needs at least 4 images a minibatch.")
     if arguments.format not in ("png", "svg", "pdf"):
         raise UserError(f"--format is {arguments.format}; expected png, svg or pdf.")
+    try:
+        device = check_device("--device", arguments.device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
     run = RunDir(Path(arguments.run))
     recipe = recipe_from_dict(_description(run)["recipe"])
     if arguments.root is not None:
         recipe.data.root = arguments.root
-    source, device = load_data(recipe.data), torch.device(arguments.device)
+    source = load_data(recipe.data)
     classification_only(source, "fastmkd cka")
     batches = Batches(recipe, source, arguments.batch_size, arguments.limit, device)
     if arguments.other is None:

@@ -262,6 +262,29 @@ def test_pictures():
         ({}, {}, {"keep_ratio": 0.0}, ValueError, "keep_ratio is 0.0"),
         ({}, {}, {"keep_ratio": 1.5}, ValueError, "keep_ratio is 1.5"),
         ({}, {}, {"keep_ratio": math.nan}, ValueError, "keep_ratio is nan"),
+        (
+            {},
+            {},
+            {"keep_ratio": "0.5"},
+            TypeError,
+            r"^keep_ratio is '0.5', a str; expected a number above 0 and at most 1",
+        ),
+        (
+            {},
+            {},
+            {"keep_mass": "0.9"},
+            TypeError,
+            "^keep_mass is '0.9', a str; expected a number above 0 and at most 1",
+        ),
+        ({}, {}, {"weight": "1"}, TypeError, "^weight is '1', a str; expected a finite number of at least 0"),
+        (
+            {},
+            {},
+            {"ce_weight": None},
+            TypeError,
+            "^ce_weight is None, a NoneType; expected a finite number of at least",
+        ),
+        ({}, {}, {"temperature": [4]}, TypeError, r"^temperature is \[4\], a list; expected a finite positive number"),
         ({}, {}, {"base": "logits"}, ValueError, "base is 'logits'; available are 'logit', 'manifold'"),
         ({}, {}, {"base": 3}, TypeError, "base is a int; expected a BaseDistillation"),
         ({}, {}, {"base": {"class_path": "fastmkd.Nothing"}}, ValueError, "cannot be imported"),
@@ -297,6 +320,11 @@ def test_refuses_other_networks():
         MaskedKD(tiny(0), timm.create_model("resnet18", num_classes=5))
     with pytest.raises(TypeError, match="student is not a ViT"):
         MaskedKD(nn.Linear(2, 5), tiny(1))
+
+
+def test_refuses_a_batch_without_images():
+    with pytest.raises(ValueError, match=r"^images holds no image; its shape is \(0, 3, 32, 32\)\."):
+        MaskedKD(tiny(0), tiny(1))(pictures()[:0], TARGETS[:0])
 
 
 def test_refuses_nan():

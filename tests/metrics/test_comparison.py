@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import fastmkd
 from fastmkd.metrics.comparison import layer_names
+from fastmkd.metrics.cosine import compare_cosine
 
 
 class TinyNet(nn.Module):
@@ -103,8 +105,23 @@ def test_small_batches_are_left_out_with_a_warning() -> None:
     with pytest.warns(RuntimeWarning, match="3 images came in batches of fewer than 4"):
         found = fastmkd.compare(model, model, batches(8, 3), ["stem"])
     assert found.per_batch.shape == (1, 1, 1)
-    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="no minibatch"):
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match=r"^loader gave no batch of at least 4 images"):
         fastmkd.compare(model, model, batches(3), ["stem"])
+    with pytest.raises(ValueError, match=r"^loader gave no batch of at least 4 images"):
+        fastmkd.compare(model, model, [], ["stem"])
+
+
+def test_a_batch_without_images_is_said_to_be_one() -> None:
+    model, images = TinyNet(), torch.randn(8, 3, 8, 8)
+    for batch, said in (
+        ({"x": images}, "loader gave a dict; expected images, or a tuple that starts with them."),
+        (({"x": images},), "loader gave a tuple that starts with a dict; expected images"),
+        ((), "loader gave a tuple; expected images"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(said)):
+            fastmkd.compare(model, model, [batch], ["stem"])
+        with pytest.raises(TypeError, match=re.escape(said)):
+            compare_cosine(model, model, [batch], ("stem", "stem"))
 
 
 def test_layer_names() -> None:

@@ -89,6 +89,11 @@ def test_block_mask_varies_place_and_shape():
     [
         ((0, (2, 2), 0.5), ValueError, "batch is 0"),
         ((1.5, (2, 2), 0.5), TypeError, "batch is 1.5"),
+        (
+            (torch.zeros(8, 3, 4, 4), (2, 2), 0.5),
+            TypeError,
+            r"^batch is a Tensor; expected an int, such as len\(images",
+        ),
         ((1, (2, 0), 0.5), ValueError, r"grid is \(2, 0\)"),
         ((1, (2, 2, 2), 0.5), ValueError, "grid is"),
         ((1, 4, 0.5), TypeError, "grid is 4"),

@@ -117,6 +117,7 @@ def test_refuses_bad_keep(keep, error, match):
     ("x", "options", "error", "match"),
     [
         (torch.zeros(2, 3, 32, 40), {}, ValueError, "32 x 40 pixels but the model takes 32 x 32"),
+        (torch.zeros(0, 3, 32, 32), {}, ValueError, "images holds no image"),
         (torch.zeros(2, 3, 36, 32), {"dynamic_img_size": True}, ValueError, "does not divide"),
         (torch.zeros(2, 1, 32, 32), {}, ValueError, r"expected \(B, 3, H, W\)"),
         (torch.zeros(3, 32, 32), {}, ValueError, "images has shape"),
