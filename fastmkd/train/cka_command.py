@@ -22,6 +22,7 @@ from .data import DataSource, load_data
 from .errors import UserError
 from .loading import Loader, eval_plan
 from .models import build_model, model_kwargs
+from .parser_messages import parse
 from .recipe import recipe_from_dict
 from .rundir import RunDir
 from .schema import ModelRecipe, Recipe
@@ -154,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
     """
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="fastmkd cka", exit_on_error=False, description=__doc__)
+    parser = ArgumentParser(prog="fastmkd cka", exit_on_error=False, allow_abbrev=False, description=__doc__)
     parser.add_argument("run", type=str, help="folder of a run")
     parser.add_argument("other", type=str | None, nargs="?", help="folder of another run; left out: the run's teacher")
     parser.add_argument("--layers", type=list[str] | None, help="modules of the student, such as '[layer*.*]'")
@@ -168,7 +169,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--format", type=str, default="png", help="png, svg or pdf")
     parser.add_argument("--out", type=str | None, help="folder to write; left out: cka in the run's folder")
-    arguments = parser.parse_args(list(argv))
+    arguments = parse(parser, argv)
     if arguments.batch_size < 4:
         raise UserError(f"--batch_size is {arguments.batch_size}; unbiased HSIC needs at least 4 images a minibatch.")
     if arguments.format not in ("png", "svg", "pdf"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,13 @@ def train(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     if argv[0].startswith("-"):
         raise UserError(f"the recipe must come before {argv[0]}: fastmkd train RECIPE.yaml --key=value.")
+    if Path(argv[0]).is_dir():
+        of_run = (Path(argv[0]) / "recipe.json").is_file()
+        raise UserError(
+            f"{argv[0]} is the folder of a run; give the recipe that made it, and the run goes on."
+            if of_run
+            else f"{argv[0]} is a folder; give a recipe (YAML)."
+        )
     report(run(load_recipe(argv[0], argv[1:])))
     return 0
 
@@ -78,15 +86,18 @@ def evaluate(argv: Sequence[str]) -> int:
     from .evaluate import evaluate_loss, worded
     from .loading import Loader
     from .models import load_weights
+    from .parser_messages import parse
     from .recipe import recipe_from_dict
     from .rundir import RunDir
     from .tasks import task_of
 
-    parser = ArgumentParser(prog="fastmkd eval", exit_on_error=False, description="Tests a finished run again.")
+    parser = ArgumentParser(
+        prog="fastmkd eval", exit_on_error=False, allow_abbrev=False, description="Tests a finished run again."
+    )
     parser.add_argument("run", type=str, help="folder of a finished run")
     parser.add_argument("--weights", type=str | None, help="other weights than the run's own")
     parser.add_argument("--root", type=str | None, help="folder of the data, if it is not where the run had it")
-    arguments = parser.parse_args(list(argv))
+    arguments = parse(parser, argv)
     student, description = trained_student(RunDir(Path(arguments.run)), arguments.weights)
     recipe = recipe_from_dict(description["recipe"])
     if arguments.root is not None:
@@ -114,10 +125,13 @@ def env(argv: Sequence[str]) -> int:
     """``fastmkd env``: what is installed, built and active.
 
     Args:
-        argv: nothing is expected.
+        argv: nothing is expected but --help.
     """
     import fastmkd
 
+    if list(argv) in (["-h"], ["--help"]):
+        sys.stdout.write("usage: fastmkd env\n\nSays what is installed, built and active. There are no options.\n")
+        return 0
     if argv:
         raise UserError(f"fastmkd env takes no arguments, got {' '.join(argv)}.")
     fastmkd.show_config()

@@ -1,4 +1,4 @@
-"""``fastmkd cost RECIPE.yaml|TIMM_MODEL ...``: multiply-adds of teacher and student by patches kept.
+"""``fastmkd cost RECIPE.yaml|RUN|TIMM_MODEL ...``: multiply-adds of teacher and student by patches kept.
 
 For a recipe of DMAE or MAE: those of a whole step by patches left visible, beside the public code's.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,8 @@ from .data import load_data
 from .dmae_cost import dmae_macs
 from .errors import UserError
 from .models import build_model, model_kwargs
-from .recipe import load_recipe
 from .schema import ModelRecipe, Recipe
+from .show import open_recipe
 from .tasks import classification_only
 
 __all__ = ["Cost", "costs", "main", "recipe_models"]
@@ -125,7 +126,9 @@ def main(argv: Sequence[str]) -> int:
     """
     # The standard parser, because jsonargparse has no way to hand the recipe's own options on.
     parser = argparse.ArgumentParser(prog="fastmkd cost", description=__doc__, allow_abbrev=False)
-    parser.add_argument("targets", nargs="+", help="a recipe (YAML, with its options), or names of timm's models")
+    parser.add_argument(
+        "targets", nargs="+", help="a recipe (YAML, with its options), a run, or names of timm's models"
+    )
     parser.add_argument("--keep", type=float, nargs="+", default=[], help="shares of the patches; 1 0.75 0.5 0.25")
     parser.add_argument("--image_size", type=int, help="side in pixels, for timm's models")
     parser.add_argument("--pictures", type=int, help="training pictures; those of the recipe, or ImageNet's")
@@ -140,8 +143,8 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--{name} is {value}; expected at least 1.")
     shares = arguments.keep or [1.0, 0.75, 0.5, 0.25]
     pictures, epochs = arguments.pictures or IMAGENET_PICTURES, arguments.epochs or PAPER_EPOCHS
-    if targets[0].endswith((".yaml", ".yml")):
-        recipe = load_recipe(targets[0], [*options, *targets[1:]])
+    if targets[0].endswith((".yaml", ".yml")) or Path(targets[0]).is_dir():
+        recipe = open_recipe(targets[0], [*options, *targets[1:]])
         models = recipe_models(recipe)
         source = load_data(recipe.data)
         pictures = arguments.pictures or len(source.train)
@@ -155,6 +158,10 @@ def main(argv: Sequence[str]) -> int:
         if own is not None and not arguments.keep:
             shares = sorted({*shares, own}, reverse=True)
     else:
+        if (path := next((target for target in targets if "/" in target), None)) is not None:
+            raise UserError(
+                f"cost takes a recipe (YAML), the folder of a run, or names of timm's models; {path} is none of these."
+            )
         if options:
             raise UserError(f"{options[0]} is an option of a recipe; name one, or only models of timm.")
         size = {} if arguments.image_size is None else {"img_size": arguments.image_size}

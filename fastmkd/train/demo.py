@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: the recipes are not there.
     """
-    parser = argparse.ArgumentParser(prog="fastmkd demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fastmkd demo", description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", default="runs/demo", help="folder for runs and picture")
     parser.add_argument("--recipes", default="recipes", help="folder with the recipes")
     parser.add_argument("--seeds", type=int, default=2, help="students to train per method")

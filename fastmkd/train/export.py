@@ -15,6 +15,7 @@ from torch import nn
 from .build import trained_student
 from .checkpoint import atomic_write, save_tensors
 from .errors import UserError
+from .parser_messages import parse
 from .rundir import RunDir
 
 __all__ = ["export_onnx", "export_safetensors", "main"]
@@ -82,10 +83,12 @@ def main(argv: Sequence[str]) -> int:
     """
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="fastmkd export", exit_on_error=False, description=__doc__)
+    parser = ArgumentParser(prog="fastmkd export", exit_on_error=False, allow_abbrev=False, description=__doc__)
     parser.add_argument("run", type=str, help="folder of a finished run")
-    parser.add_argument("--out", type=str, help="file to write: .safetensors or .onnx", required=True)
-    arguments = parser.parse_args(list(argv))
+    parser.add_argument(
+        "--out", type=str, help="file to write, such as student.safetensors or student.onnx", required=True
+    )
+    arguments = parse(parser, argv)
     model, description = trained_student(RunDir(Path(arguments.run)))
     writers = {".safetensors": export_safetensors, ".onnx": export_onnx}
     suffix = Path(arguments.out).suffix

@@ -9,13 +9,13 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, shorten
+from .parser_messages import explain
 from .schema import MethodRecipe, Recipe, StoredRecipe
 from .trust import known_code_only, refuse_foreign
 
@@ -39,7 +39,12 @@ def recipe_parser(prog: str = "fastmkd train RECIPE.yaml", defaults: dict[str, A
 
     from ..methods import DistillMethod
 
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description="Keys of a recipe; each is also an option.")
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        description="Keys of a recipe; each is also an option.",
+        allow_abbrev=False,  # --schedule.epoch is a slip, and may mean another key one day
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(Recipe, skip={"method"})
     parser.add_subclass_arguments(
@@ -89,12 +94,11 @@ def load_recipe(
         text = yaml.safe_dump(value, default_flow_style=True, width=2**31).removesuffix("...\n").strip()
         argv.append(f"--{key}={text}")
     parser = recipe_parser(defaults=defaults)
-    try:
-        with known_code_only() if stored else contextlib.nullcontext():
+    with known_code_only() if stored else contextlib.nullcontext():
+        try:
             config = parser.parse_args(argv)
-    except (argparse.ArgumentError, yaml.YAMLError) as error:
-        where = f"the recipe {path}" if path is not None else "the recipe"
-        raise UserError(f"{where} is not right: {_plain(str(error))}") from None
+        except (argparse.ArgumentError, yaml.YAMLError) as error:
+            raise UserError(_blame(path, parser) + explain(str(error), parser)) from None
     recipe: Recipe = _from_dict(StoredRecipe if stored else Recipe, config.as_dict())
     if stored:
         refuse_foreign(recipe.method.init_args)
@@ -102,6 +106,17 @@ def load_recipe(
         recipe.teacher.recipe = str(Path(path).parent / recipe.teacher.recipe)
     _check(recipe)
     return recipe
+
+
+def _blame(path: str | Path | None, parser: ArgumentParser) -> str:
+    """How the message about a mistake begins: with the file, unless that is right and an option is wrong."""
+    if path is None:
+        return ""
+    try:
+        parser.parse_args([f"--config={path}"])
+    except Exception:
+        return f"the recipe {path} is not right: "
+    return ""
 
 
 def _check_size(path: Path) -> None:
@@ -112,7 +127,7 @@ def _check_size(path: Path) -> None:
         root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
         values = 0 if root is None else _count(root, {})
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"the recipe {path} is not right: {_plain(str(error))}") from None
+        raise UserError(f"the recipe {path} is not right: {' '.join(str(error).split())}") from None
     except RecursionError:
         values = math.inf
     if values > MOST_VALUES:
@@ -149,21 +164,11 @@ def recipe_from_dict(values: dict[str, Any]) -> StoredRecipe:
         with known_code_only():
             config = parser.parse_object(values)
     except argparse.ArgumentError as error:
-        raise UserError(f"the recipe of the run is not right: {_plain(str(error))}") from None
+        raise UserError(f"the recipe of the run is not right: {explain(str(error), parser)}") from None
     recipe: StoredRecipe = _from_dict(StoredRecipe, config.as_dict())
     refuse_foreign(recipe.method.init_args)  # with what jsonargparse has read from files that are named in `values`
     _check(recipe)
     return recipe
-
-
-def _plain(message: str) -> str:
-    """One line of what the parser says; of a failed union only the reasons, without the alternative None."""
-    key = re.match(r'Parser key "([^"]+)":', message)
-    reasons = re.search(r"\n *Errors:\n(.*?)\n *Given value type", message, re.DOTALL)
-    if key is not None and reasons is not None:
-        lines = [line for line in reasons[1].splitlines() if "NoneType" not in line]
-        message = f"{key[1]}: " + "\n".join(lines).replace("- ", "")
-    return " ".join(line.strip() for line in message.splitlines() if line.strip())
 
 
 def _from_dict(kind: Any, values: dict[str, Any]) -> Any:
@@ -176,6 +181,8 @@ def _from_dict(kind: Any, values: dict[str, Any]) -> Any:
                       if dataclasses.is_dataclass(hint)), None)  # fmt: skip
         if inner is not None and isinstance(value, dict):
             value = _from_dict(inner, value)
+        elif inner is not None and (value is not None or (item.name in values and inner is hints[item.name])):
+            raise UserError(f"{item.name} is {json.dumps(value, default=str)}; it takes keys with values.")
         if value is not None or item.name in values:
             arguments[item.name] = value
     return kind(**arguments)

@@ -21,6 +21,7 @@ from .checkpoint import atomic_write
 from .coco_rle import encode_mask
 from .data import load_data
 from .errors import UserError
+from .parser_messages import parse
 from .pictures import TensorPictures
 from .scenes import STYLES, Scene, make_scene
 from .schema import DataRecipe
@@ -168,11 +169,13 @@ def main(argv: Sequence[str]) -> int:
     """
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="fastmkd scenes", exit_on_error=False, description=(__doc__ or "").strip())
+    parser = ArgumentParser(
+        prog="fastmkd scenes", exit_on_error=False, allow_abbrev=False, description=(__doc__ or "").strip()
+    )
     parser.add_argument("out", type=str, help="folder to make")
     parser.add_class_arguments(ScenesRecipe)
     parser.add_argument("--sheet", type=str | None, help="also draw the first training pictures in this .png")
-    arguments = parser.parse_args(list(argv))
+    arguments = parse(parser, argv)
     out, sheet = arguments.pop("out"), arguments.pop("sheet")
     recipe = ScenesRecipe(**arguments.as_dict())
     shown = write_scenes(out, recipe)

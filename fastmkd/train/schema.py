@@ -231,7 +231,7 @@ class RunRecipe:
         root: folder of all runs.
         dir: folder of this run; null is root/name.
         precision: no (float32), bf16 or fp16 mixed precision.
-        device: cpu forces the CPU; null takes what Accelerate finds.
+        device: cpu forces the CPU; null, the default, takes the GPU if there is one.
         log_every: updates between two log lines.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
         save_every: updates between two checkpoints, besides the one after each epoch; 0 for none.

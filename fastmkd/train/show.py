@@ -143,6 +143,8 @@ def open_recipe(target: str, options: Sequence[str] = ()) -> Recipe:
         UserError: it is neither, or options were given for a folder.
     """
     path = Path(target)
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{target} is neither the folder of a run nor a recipe (YAML).")
     if not path.is_dir():
         return load_recipe(path, options)
     description = RunDir(path).description()

@@ -63,15 +63,22 @@ def test_teacher_recipe_is_found_beside_the_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("nam: x", "'nam'"),
-        ("data: {batchsize: 3}", "'batchsize'"),
+        ("nam: x", r"nam is not known; did you mean name\?"),
+        ("data: {batchsize: 3}", r"data\.batchsize is not known; did you mean data\.batch_size"),
+        ("optim: {learning_rate: 1}", r"optim\.learning_rate is not known; optim has name, lr, lr_images"),
+        ("optim: 3", "optim is 3; it takes keys"),
+        ("optim: null", "optim is null; it takes keys"),
+        ("ema: 3", r"ema takes keys, as --ema\.KEY=VALUE"),
         ("data: {batch_size: many}", "data.batch_size"),
-        ("method: {class_path: MaskedKD, init_args: {keepratio: 0.5}}", "'keepratio'"),
+        (
+            "method: {class_path: MaskedKD, init_args: {keepratio: 0.5}}",
+            r"did you mean method\.init_args\.keep_ratio\?",
+        ),
         ("method: {class_path: MaskedKD, init_args: {keep_ratio: half}}", "keep_ratio"),
         ("method: {class_path: MaskedKD, init_args: {teacher_compile: quick}}", "teacher_compile"),
         ("method: {class_path: MaskedKD, init_args: {micro_batches: two}}", "micro_batches"),
-        ("method: {class_path: collections.OrderedDict}", "OrderedDict"),
-        ("method: NoSuchMethod", "NoSuchMethod"),
+        ("method: {class_path: collections.OrderedDict}", r"method is collections\.OrderedDict; known are DMAE, DPK"),
+        ("method: NoSuchMethod", "method is NoSuchMethod; known are DMAE, DPK"),
         ("data: [1, 2", "YAML|config|expected"),
         ("run: {precision: fp8}", "fp8"),
         ("optim: {lr: -1}", "optim.lr"),
@@ -89,6 +96,40 @@ def test_mistakes_are_named(tmp_path, text, named):
     with pytest.raises(UserError, match=named) as caught:
         load_recipe(write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--run.device=cuda", "run.device is cuda; it takes cpu or null (cpu forces the CPU; null, the default, "
+         "takes the GPU if there is one)."),
+        ("--optim.learning_rate=1e-3", "--optim.learning_rate is not known; optim has name, lr, lr_images, "
+         "weight_decay, layer_decay, clip_grad, accumulate, skip_nonfinite, kwargs."),
+        ("--schedule.epoch=7", "--schedule.epoch is not known; did you mean --schedule.epochs? schedule has epochs, "
+         "warmup_epochs, warmup_lr, min_lr, milestones, gamma, last_lr, last_epochs."),
+        ("--lr=1", "--lr is not known; did you mean --optim.lr?"),
+        ("--method=MaskdKD", "method is MaskdKD; known are DMAE, DPK, MKD, DenseKD, FeatureKD, MaskedDINO, MaskedKD, "
+         "MoCoV3, Supervised. One of your own is given by the import path of its class, a DistillMethod."),
+        ("--method.linear_probe=maybe", "method.init_args.linear_probe is maybe; it takes true or false."),
+        ("--ema.deca=0.5", "ema.deca is not known; did you mean ema.decay? ema has decay, warmup."),
+        ("--ema.decay=high", "ema.decay is high; it takes a number."),
+        ("--data.mean=[a]", "data.mean is ['a']; a in it should be a number."),
+        ("--data.mean=3", "data.mean is 3; it takes a list, such as [3] or null (per channel, to normalise with; null "
+         "takes the set's own)."),
+        ("--optim=3", "optim is 3; it takes keys, as --optim.KEY=VALUE."),
+        ("more", "more is one word too many; what belongs to an option stands behind it, as --key=value."),
+    ],
+)  # fmt: skip
+def test_a_wrong_option_is_not_blamed_on_the_recipe(tmp_path, option, said):
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, "name: a"), [option])
+    assert str(caught.value) == said
+
+
+def test_a_wrong_recipe_is_blamed_whatever_the_options_are(tmp_path):
+    path = write(tmp_path, "run: {precision: fp8}")
+    with pytest.raises(UserError, match=r"recipe\.yaml is not right: run\.precision is fp8; it takes no, bf16"):
+        load_recipe(path, ["--seed=1"])
 
 
 def test_yaml_runs_no_code(tmp_path):
