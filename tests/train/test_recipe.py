@@ -68,7 +68,7 @@ def test_teacher_recipe_is_found_beside_the_recipe(tmp_path):
         ("optim: {learning_rate: 1}", r"optim\.learning_rate is not known; optim has name, lr, lr_images"),
         ("optim: 3", "optim is 3; it takes keys"),
         ("optim: null", "optim is null; it takes keys"),
-        ("ema: 3", r"ema takes keys, as --ema\.KEY=VALUE"),
+        ("ema: 3", r"ema is 3; it takes keys, as --ema\.KEY=VALUE, or null"),
         ("data: {batch_size: many}", "data.batch_size"),
         (
             "method: {class_path: MaskedKD, init_args: {keepratio: 0.5}}",
