@@ -9,9 +9,9 @@ import argparse
 import ast
 import dataclasses
 import difflib
-import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -199,9 +199,6 @@ def _either(words: Sequence[str]) -> str:
 
 
 def _imported(path: str) -> Any:
-    """The class with an import path; None if there is none."""
+    """The class with an import path, if the parser has imported it; a message imports nothing that was refused."""
     module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        return None
+    return getattr(sys.modules.get(module), name, None)

@@ -19,7 +19,7 @@ from fastmkd.train.checkpoint import (
 from fastmkd.train.errors import UserError
 from fastmkd.train.recipe import identity
 from fastmkd.train.rundir import RunDir
-from fastmkd.train.schema import Recipe
+from fastmkd.train.schema import DataRecipe, Recipe
 
 WEIGHTS = {"method": {"a": torch.arange(100.0), "b": torch.ones(3, 2).t()}, "optimizer": {"m": torch.zeros(5)}}
 
@@ -124,10 +124,18 @@ def test_tied_weights_can_be_saved(tmp_path):
     assert (tmp_path / "a.safetensors").is_file()
 
 
+def described(batch_size=8, recipe=None):
+    """What a run says of itself in its folder."""
+    recipe = recipe or Recipe(data=DataRecipe(batch_size=batch_size))
+    data = {"name": "digits", "classes": ["0", "1"], "channels": 1, "image_size": 8, "mean": [0.5], "std": [0.5]}
+    content = {"recipe": dataclasses.asdict(recipe), "student": {"name": "vit", "kwargs": {}}, "data": data}
+    return json.loads(json.dumps(content))  # JSON has no tuples
+
+
 def test_run_folder_of_another_recipe_is_refused(tmp_path):
     run = RunDir(tmp_path / "run")
-    run.claim({"seed": 1, "optim.lr": 0.1}, {"recipe": {}})
-    run.claim({"seed": 1, "optim.lr": 0.1}, {"recipe": {}})
+    run.claim({"seed": 1, "optim.lr": 0.1}, described())
+    run.claim({"seed": 1, "optim.lr": 0.1}, described())
     with pytest.raises(UserError, match=r"another recipe: optim.lr is 0.1 there and 0.2 here"):
         run.claim({"seed": 1, "optim.lr": 0.2}, {})
     (run.path / "recipe.json").write_text('{"identity": {"se')
@@ -137,14 +145,14 @@ def test_run_folder_of_another_recipe_is_refused(tmp_path):
 
 def test_a_run_that_has_not_finished_may_split_its_updates_otherwise(tmp_path):
     run, old, new = RunDir(tmp_path), {"seed": 1, "data.batch_size": 8}, {"seed": 1, "data.batch_size": 16}
-    run.claim(old, {"recipe": {"data": 8}})
-    run.claim(new, {"recipe": {"data": 16}})
-    assert run.description() == {"identity": old, "recipe": {"data": 8}}  # until a checkpoint has been taken up
+    run.claim(old, described(8))
+    run.claim(new, described(16))
+    assert run.description() == {"identity": old, **described(8)}  # until a checkpoint has been taken up
     with pytest.raises(UserError, match=r"another recipe: seed is 1 there and 2 here\. "):
         run.claim({**new, "seed": 2}, {})
     assert run.restate(old, {}) == ""
-    assert run.restate(new, {"recipe": {"data": 16}}) == "data.batch_size is 8 there and 16 here"
-    assert run.description() == {"identity": new, "recipe": {"data": 16}}
+    assert run.restate(new, described(16)) == "data.batch_size is 8 there and 16 here"
+    assert run.description() == {"identity": new, **described(16)}
     run.weights.touch()
     run.finish({"top1": 50.0})
     run.claim(new, {})
@@ -156,7 +164,7 @@ def test_a_run_older_than_a_key_has_its_default(tmp_path):
     recipe = Recipe(seed=1)
     run, known = RunDir(tmp_path / "run"), identity(recipe)
     before = {key: value for key, value in known.items() if key != "augment.mix_prob"}
-    run.claim(before, {"recipe": dataclasses.asdict(recipe)})
+    run.claim(before, described(recipe=recipe))
     run.claim(known, {})
     with pytest.raises(UserError, match=r"augment\.mix_prob is 1\.0 there and 0\.5 here"):
         run.claim({**known, "augment.mix_prob": 0.5}, {})

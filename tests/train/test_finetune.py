@@ -207,7 +207,7 @@ MISTAKES = [
     (["runs/begun"], "runs/begun has not finished"),
     (["runs/teacher/model.safetensors"], "student.name is not given"),
     (["runs/teacher", "--schedule.epochs=3", "--schedule.warmup_epochs=4"], "schedule.warmup_epochs is 4.0"),
-    (["runs/teacher", "--schedule.epoch=3"], "--schedule.epoch=3"),
+    (["runs/teacher", "--schedule.epoch=3"], "did you mean --schedule.epochs?"),
     (["runs/teacher", "--data.label_fraction=0"], "data.label_fraction is 0.0; expected"),
     (["runs/teacher", "--data.label_fraction=1.5"], "data.label_fraction is 1.5; expected"),
     (["runs/teacher", "--data.limit=5", "--data.label_fraction=0.5"], "takes 1 of the 5 training pictures"),

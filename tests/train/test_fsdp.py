@@ -164,6 +164,8 @@ def assert_same_run(folder: Path, expected: str, actual: str) -> None:
         state = name.parent / "state.json"
         if (runs / actual / state).exists():
             states = [json.loads((runs / run / state).read_text())["state"] for run in (expected, actual)]
+            came_from = [state.pop("from") for state in states]  # runs that another's checkpoint began say so
+            assert [origin is None for origin in came_from] == [True, "_to_" not in actual]
             assert states[0] == states[1]
     tables = []
     for run in (expected, actual):
