@@ -76,7 +76,7 @@ def check(student: Tensor, teacher: Tensor, from_teacher: Tensor, position: Tens
             )
         if tensor.device != student.device:
             raise ValueError(f"{name} is on {tensor.device} but student is on {student.device}; move one of them.")
-        if tensor.dtype not in (student.dtype, torch.bool):
+        if tensor.dtype != student.dtype and name != "from_teacher":
             raise TypeError(f"{name} has dtype {tensor.dtype} but student has {student.dtype}; cast one of them.")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; expected a contiguous tensor, call .contiguous().")

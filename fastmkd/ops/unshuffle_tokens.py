@@ -122,7 +122,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows = grad.flatten(0, 1)  # (B * (P + N), D)
     d_tokens = d_mask_token = None
     if need_tokens:
-        d_tokens = rows.index_select(0, taken).view(batch, -1, width).to(ctx.dtype)
+        d_tokens = rows.index_select(0, taken).view(batch, ctx.num_prefix + keep.shape[1], width).to(ctx.dtype)
     if need_mask_token:
         # As a product with ones and zeros the sum is one pass, wide even for half precision.
         wide = torch.promote_types(grad.dtype, torch.float32)

@@ -125,3 +125,12 @@ def test_the_loss_has_a_second_derivative() -> None:
     guess = draw(1, 2, 4).double().requires_grad_()
     images, hidden = draw(1, 1, 4, 4).double(), torch.tensor([[1, 2]])
     assert torch.autograd.gradgradcheck(lambda x: masked_patch_loss(x, images, hidden, 2, normalize=True), guess)
+
+
+def test_an_empty_batch_has_gradients() -> None:
+    tokens, position = torch.zeros(0, 3, 8, requires_grad=True), torch.zeros(7, 8)
+    out = unshuffle_tokens(tokens, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(8), position)
+    out.sum().backward()
+    assert out.shape == (0, 7, 8)
+    assert tokens.grad is not None
+    assert tokens.grad.shape == (0, 3, 8)
