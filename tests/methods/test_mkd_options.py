@@ -17,7 +17,6 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 import fastmkd
 from fastmkd.methods.mkd_losses import Relation, channel_logit_loss, normalise, relation_loss
-from fastmkd.methods.mkd_masking import MaskedBackbone, coarser
 from fastmkd.ops.recovered_loss import recovered_loss
 from fastmkd.reference.dense import dense_twin, upsampled
 
@@ -31,57 +30,6 @@ def make(student=None, teacher=None, **options):
 def tiny_fcn(widths):
     body = IntermediateLayerGetter(stages(widths), {"layer3": "aux", "layer4": "out"})
     return FCN(body, FCNHead(widths[3], 3), FCNHead(widths[2], 3))
-
-
-def run_masked(part, images, visible, patch, **options):
-    backbone = MaskedBackbone(part, patch, 32, **options)
-    with backbone.masking(lambda *_: (visible, int(visible.sum()))) as sight:
-        return part(images), sight
-
-
-@pytest.mark.parametrize("patch", [8, 16])
-def test_cells_smaller_than_the_last_stride(patch):
-    """The map is packed anew before the stage in which a cell would be less than a position."""
-    torch.manual_seed(0)
-    net, images = stages((4, 4, 8, 8)).double(), torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    visible = torch.rand(2, 64 // patch, 96 // patch) > 0.3
-    whole = copy.deepcopy(net)
-    out, _ = run_masked(net, images, visible, patch)
-    x, last = images, {8: "layer2", 16: "layer3"}[patch]
-    fine = nn.Sequential(*list(whole.children())[: [n for n, _ in whole.named_children()].index(last) + 1])
-    x = dense_twin(fine)(x, visible) * upsampled(visible, (64 // patch, 96 // patch))[:, None]
-    cell = patch
-    for name in ("layer3", "layer4")[(patch == 16) :]:
-        mask = coarser(visible, 2 * cell // patch)
-        x = dense_twin(whole.get_submodule(name))(x, mask) * mask[:, None]
-        cell *= 2
-    torch.testing.assert_close(out, x)
-
-
-def test_coarser_takes_the_first_cell_and_leaves_something():
-    visible = torch.zeros(2, 4, 4, dtype=torch.bool)
-    visible[0, 2, 0] = visible[1, 1, 1] = True
-    assert coarser(visible, 2).flatten(1).tolist() == [[False, False, True, False], [True, False, False, False]]
-
-
-def test_an_ordinary_convolution_sees_black_cells():
-    torch.manual_seed(0)
-    net, images, visible = (
-        stages((4, 4, 8, 8)).eval(),
-        torch.randn(1, 3, 64, 64),
-        torch.tensor([[[True, False], [True, True]]]),
-    )
-    out, _ = run_masked(net, images, visible, 32, masked_conv=False)
-    assert type(net.conv1) is nn.Conv2d
-    assert torch.equal(out, net(images * upsampled(visible, (64, 64))[:, None]))
-
-
-def test_no_padding_leaks_into_the_size():
-    net = stages((4, 4, 8, 8)).eval()
-    images, visible = torch.randn(1, 3, 72, 40), torch.tensor([[[True, True], [True, False], [True, True]]])
-    out, sight = run_masked(net, images, visible, 32)
-    assert sight.padded == (96, 64)
-    assert out.shape == net(images).shape == (1, 8, 3, 2)
 
 
 @pytest.mark.parametrize(("sam", "tokens"), [(16, [36] * 5), (32, [9] * 5), (64, [4] * 5), (False, [144, 36, 9, 4, 1])])
