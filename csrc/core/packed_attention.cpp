@@ -101,14 +101,15 @@ void pack_values(const T* from, int64_t stride, int64_t keys, int64_t dim, float
   }
 }
 
+// The factor comes last: a query that it makes 0 times an infinite key would be NaN.
 template <int kRows, int kVectors>
-inline void score_panel(const float* queries, const float* keys, int64_t dim, float* scores) {
+inline void score_panel(const float* queries, const float* keys, int64_t dim, float factor, float* scores) {
   Floats sum[kRows][kVectors] = {};
   multiply<kRows, kVectors>(queries, keys, dim, sum);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(scores + (v * kRows + r) * kLanes, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) store(scores + (v * kRows + r) * kLanes, sum[r][v] * factor);
   }
 }
 
@@ -162,7 +163,7 @@ void run_tile(const PackedAttentionArgs& args, const T* queries, int64_t keys, c
   float* packed = scratch.queries;
   for (int64_t c = 0; c < dim; c += kLanes) {
     for (int r = 0; r < kRows; ++r, packed += kLanes) {
-      store(packed, load_some(queries + r * 3 * width + c, dim - c) * factor);
+      store(packed, load_some(queries + r * 3 * width + c, dim - c));
     }
   }
   const int64_t key_vectors = vectors(keys);
@@ -170,9 +171,9 @@ void run_tile(const PackedAttentionArgs& args, const T* queries, int64_t keys, c
     const float* panel = scratch.keys + v * kLanes * dim;
     float* scores = scratch.scores + v * kRows * kLanes;
     if (v + 1 < key_vectors) {
-      score_panel<kRows, 2>(scratch.queries, panel, dim, scores);
+      score_panel<kRows, 2>(scratch.queries, panel, dim, factor, scores);
     } else {
-      score_panel<kRows, 1>(scratch.queries, panel, dim, scores);
+      score_panel<kRows, 1>(scratch.queries, panel, dim, factor, scores);
     }
   }
   float inverse[kRows];

@@ -175,8 +175,10 @@ void loss(const RecoveredArgs& args, int64_t begin, int64_t end, float* scratch)
 
 // Logits to weights of a finished softmax, and the gradient of the logits from the products with the context's.
 inline void weigh(float (&logits)[kTile], float (&products)[kTile], float log_sum, float shift) {
+  constexpr float kLargest = 0x1.62e42ep+6f;  // above it exp is infinite, as it is where log_sum is of other logits
   for (int64_t i = 0; i < kTile; i += kLanes) {
-    const Floats weight = exp_negative(load(logits + i) - log_sum);
+    const Floats x = load(logits + i) - log_sum;
+    const Floats weight = x > kLargest ? splat(__builtin_inff()) : exp_negative(x);
     store(logits + i, weight);
     store(products + i, weight * (load(products + i) - shift));
   }

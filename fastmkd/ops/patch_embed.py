@@ -112,10 +112,16 @@ def patch_rows(images: Tensor, keep: Tensor, patch: tuple[int, int], stride: tup
         >>> patch_rows(torch.arange(16.0).view(1, 1, 4, 4), torch.tensor([[3]]), (2, 2), (2, 2))
         tensor([[[10., 11., 14., 15.]]])
     """
-    windows = images.unfold(2, patch[0], stride[0]).unfold(3, patch[1], stride[1])  # (B, C, gh, gw, ph, pw), a view
+    down, right = _within(images.shape, stride)
+    windows = images.unfold(2, patch[0], down).unfold(3, patch[1], right)  # (B, C, gh, gw, ph, pw), a view
     batch = torch.arange(images.shape[0], device=images.device)[:, None]
     row, column = keep // windows.shape[3], keep % windows.shape[3]
     return windows[batch, :, row, column].flatten(2)  # (B, k, C, ph, pw) -> (B, k, C*ph*pw)
+
+
+def _within(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, int]:
+    """A stride as long as the image leaves one patch, as all longer ones do; PyTorch overflows in those."""
+    return min(stride[0], shape[2]), min(stride[1], shape[3])
 
 
 def check(
@@ -208,6 +214,7 @@ def _scatter_rows(
     rows: Tensor, keep: Tensor, shape: torch.Size, patch: tuple[int, int], stride: tuple[int, ...]
 ) -> Tensor:
     """Adds ``(B, k, C*ph*pw)`` patch pixels back into a ``(B, C, H, W)`` picture; where patches overlap they add up."""
+    stride = _within(shape, stride)
     gh, gw = (shape[2] - patch[0]) // stride[0] + 1, (shape[3] - patch[1]) // stride[1] + 1
     spread = rows.new_zeros(shape[0], gh * gw, rows.shape[2])
     spread = spread.scatter(1, keep[..., None].expand_as(rows), rows)  # (B, k, C*ph*pw) -> (B, N, C*ph*pw)
@@ -247,6 +254,9 @@ def samples(device: str, dtype: torch.dtype) -> list[Sample]:
         Sample("keep_all", lambda: make(2, 2, (6, 9), (3, 3), 7, 6, pos=same), grad=all_grads),
         Sample("rectangular_patch", lambda: make(1, 3, (12, 8), (3, 4), 24, 5, pos=same)),
         Sample("overlapping", lambda: make(2, 1, (13, 21), (4, 4), 10, 9, stride=(3, 2), pos=same), grad=all_grads),
+        Sample(
+            "stride_beyond_the_image", lambda: make(2, 1, (5, 6), (4, 4), 8, 1, stride=(2**63 - 1, 9)), grad=(0, 1, 2)
+        ),
         Sample("single_pixel_patch", lambda: make(2, 1, (8, 8), (1, 1), 48, 32, pos=same)),
         Sample("patch14_odd_dim", lambda: make(2, 3, (42, 42), (14, 14), 130, 5)),
         Sample("pos_in_float32", lambda: make(2, 3, (32, 32), (8, 8), 40, 9, pos=torch.float32)),

@@ -58,6 +58,14 @@ def test_packed_attention_extremes(ops):
         assert torch.equal(out[30:], clean[30:])  # another image
 
 
+def test_packed_attention_gives_an_infinitely_bad_key_no_weight_at_any_scale(ops):
+    starts, qkv = torch.tensor([0, 30], dtype=torch.int32), rand(30, 3, 1, 16)
+    qkv[:, 0] = 0.1  # times the smallest float: 0
+    qkv[3, 1, 0, 5] = -torch.inf
+    want = qkv[torch.arange(30) != 3, 2].mean(0)
+    torch.testing.assert_close(ops.packed_attention(qkv, starts, 1e-45), want.expand(30, 1, 16))
+
+
 def test_packed_attention_does_not_depend_on_the_thread_count_or_the_batch(ops):
     lengths = [197, 25, 1, 99, 400, 50]
     qkv, starts = rand(sum(lengths), 3, 6, 64), torch.tensor([0, *lengths]).cumsum(0).int()

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastmkd
 from fastmkd.ops import recovered_loss, relation_error
+from fastmkd.ops.recovered_loss_grad import recovered_loss_grad
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -131,3 +133,13 @@ def test_the_loss_has_second_derivatives() -> None:
         return tuple(recovered_loss(rows, teacher, 2, queries))
 
     assert torch.autograd.gradgradcheck(terms, (rows, queries))
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_denominators_of_other_logits_overflow_as_exp_does(backend: str) -> None:
+    rows, teacher, grads = draw(1, 4, 8), draw(1, 8, 2, 2), (torch.tensor(1.0), draw(1, 8), draw(2, 1, 8))
+    for below, finite in ((80.0, True), (95.0, False), (1e4, False), (1e30, False)):
+        log_sums = torch.full((2, 1), -below)
+        with fastmkd.backend(backend):
+            d_queries = recovered_loss_grad(rows, teacher, torch.zeros(2, 8), log_sums, *grads, torch.zeros(2, 1), 1)[1]
+        assert d_queries.isfinite().all() == finite, (below, d_queries)
