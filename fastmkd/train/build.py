@@ -77,6 +77,10 @@ class Setup:
             )
 
 
+# Keys of a run's identity that depend on files, which a run that is still to come may write.
+FOUND_LATER = ("teacher.weights", "student.backbone")
+
+
 def assemble(recipe: Recipe, train: Callable[[Recipe], Any], weights: str | Path | None = None) -> Setup:
     """Makes data, networks and method; the student's first weights depend on the seed alone.
 
@@ -134,7 +138,8 @@ def rehearse(recipe: Recipe, source: DataSource) -> None:
         source: its data.
 
     Raises:
-        UserError: student, method, optimizer or batch size of a recipe do not fit, or the chain is a circle.
+        UserError: student, method, optimizer or batch size of a recipe do not fit, its folder is that of another one,
+            or the chain is a circle.
     """
     chain = [recipe]
     while (following := _untrained_teacher(chain[-1])) is not None:
@@ -144,6 +149,7 @@ def rehearse(recipe: Recipe, source: DataSource) -> None:
         chain.append(following)
     awaited = [link.run_dir.resolve() for link in chain[1:]]
     for link, of_teacher in itertools.pairwise(chain):
+        RunDir(link.run_dir).check(identity(link), unknown=FOUND_LATER)
         next_source = load_data(of_teacher.data)
         task_of(next_source).check(of_teacher, method_class(of_teacher).tasks)
         bare = ModelRecipe(of_teacher.student.name, of_teacher.student.kwargs)

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -139,16 +140,30 @@ class RunDir:
         Raises:
             UserError: the folder belongs to another recipe; the differing keys are named.
         """
+        if self.description() is None:
+            self._describe(identity, description)
+        else:
+            self.check(identity)
+
+    def check(self, identity: dict[str, Any], unknown: Collection[str] = ()) -> None:
+        """Refuses the folder of another recipe, as `claim` does; one that is nobody's passes.
+
+        Args:
+            identity: as for `claim`.
+            unknown: keys of it that are not known yet, such as the weights of a teacher that is still to be trained.
+
+        Raises:
+            UserError: the folder belongs to another recipe; the differing keys are named.
+        """
         stored = self.description()
         if stored is None:
-            self._describe(identity, description)
             return
         known = stored["identity"]
         if identity.keys() - known.keys():
             known = with_defaults(known, identity, stored["recipe"])
         if self.result() is None:
             known = {**known, **{key: identity[key] for key in SPLIT if key in known and key in identity}}
-        changed = differences(known, identity)
+        changed = differences(*({k: v for k, v in keys.items() if k not in unknown} for keys in (known, identity)))
         if changed:
             raise UserError(
                 f"{self.path} belongs to a run of another recipe: {changed}. "

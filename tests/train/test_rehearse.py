@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fastmkd.train.build import assemble
 from fastmkd.train.engine import train
 from fastmkd.train.errors import UserError
 from fastmkd.train.recipe import load_recipe
+from fastmkd.train.rundir import RunDir
 
 
 class TrainedError(Exception):
@@ -67,6 +69,20 @@ def test_each_link_of_a_chain_is_tried_first(recipes):
     )
     with pytest.raises(UserError, match="last <- circle <- last wait for each other"):
         assemble(load_recipe("last.yaml"), begin)
+
+
+def test_the_folder_of_another_recipe_is_refused_before_the_teachers_training(recipes):
+    setup = assemble(load_recipe("student.yaml"), train)
+    RunDir(setup.recipe.run_dir).claim(setup.identity, setup.description)
+    shutil.rmtree("runs/teacher")
+    Path("last.yaml").write_text(
+        Path("student.yaml").read_text().replace("teacher.yaml", "student.yaml").replace("name: student", "name: last")
+    )
+    for path, options in (("student.yaml", ["--seed=3"]), ("last.yaml", ["--teacher.options={seed: 3}"])):
+        with pytest.raises(UserError, match=r"student belongs to a run of another recipe: seed is 5 there and 3 here"):
+            assemble(load_recipe(path, options), begin)
+        with pytest.raises(TrainedError, match="teacher" if path == "student.yaml" else "student"):
+            assemble(load_recipe(path), begin)
 
 
 def test_a_file_of_the_run_to_come_is_waited_for(recipes):
