@@ -60,7 +60,7 @@ inline void narrow_into(const Tensor& wide, DType dtype, Tensor& out) {
 
 // out = beta * out + left @ right, in the dtype of all three.
 inline void add_product(const Tensor& out, const Tensor& left, const Tensor& right, double beta) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), beta, 1.0));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), beta, 1.0));
 }
 
 }  // namespace fastmkd

@@ -59,7 +59,7 @@ Tensor centred_gram(const std::vector<Tensor>& features) {
   const torch::stable::accelerator::DeviceGuard guard(features[0].get_device_index());
   Tensor out = torch::stable::empty({layers, batch, batch}, ScalarType::Float, std::nullopt, features[0].device());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(features[0].get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(features[0].get_device_index(), &stream));
   GramParams params{};
   params.batch = static_cast<int>(batch);
   params.tiles = static_cast<int>(gram_tiles(batch));

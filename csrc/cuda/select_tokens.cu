@@ -36,7 +36,7 @@ Tensor select_tokens(const Tensor& saliency, int64_t k, int64_t grid_h, int64_t 
   params.ratio_w = args.ratio_w;
 
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(saliency.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(saliency.get_device_index(), &stream));
   select_tokens_kernel<<<static_cast<unsigned>(batch), kSelectThreads, static_cast<size_t>(select_shared_bytes(count)),
                          static_cast<cudaStream_t>(stream)>>>(params);
   const cudaError_t error = cudaGetLastError();

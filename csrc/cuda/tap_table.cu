@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> tap_table(const Tensor& cells, const Tensor& rank, co
   params.horizontal = args.horizontal;
 
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(cells.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(cells.get_device_index(), &stream));
   const int per_block = tap_rows_per_block(static_cast<int>(taps));
   const auto blocks = static_cast<unsigned>((rows + per_block - 1) / per_block);
   tap_table_kernel<<<blocks, kTapThreads, static_cast<size_t>(tap_shared_bytes(static_cast<int>(taps))),
