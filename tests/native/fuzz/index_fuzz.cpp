@@ -185,6 +185,38 @@ void fuzz_shapes(const Kernels& kernels, int64_t which, Bytes& bytes) {
     shape.hidden = bytes.number(0, 10);
     return expect(check::cell_rows(kernels, dtype, shape, bytes.number(0, 1) == 1), "cell_rows");
   }
+  if (which == 7) {
+    check::StitchShape shape{};
+    shape.batch = bytes.number(1, 5);
+    shape.tokens = bytes.number(1, 20);
+    shape.width = bytes.number(1, 70);
+    return expect(check::stitch_tokens(kernels, dtype, shape), "stitch_tokens");
+  }
+  if (which == 8) {
+    check::SaliencyShape shape{};
+    shape.batch = bytes.number(1, 3);
+    shape.heads = bytes.number(1, 4);
+    shape.prefix = bytes.number(1, 5);
+    shape.patches = bytes.number(1, 90);
+    shape.head_dim = bytes.number(1, 80);
+    return expect(check::cls_saliency(kernels, dtype, shape, bytes.number(0, 1) == 1), "cls_saliency");
+  }
+  if (which == 9) {
+    check::GramShape shape{};
+    shape.batch = bytes.number(4, 40);
+    shape.width = bytes.number(1, 70);
+    shape.padding = bytes.number(0, 9);
+    return expect(check::centred_gram(kernels, dtype, shape), "centred_gram");
+  }
+  if (which == 10) {
+    check::RecoveredShape shape{};
+    shape.batch = bytes.number(1, 3);
+    shape.channels = bytes.number(2, 70);
+    shape.grid_h = bytes.number(1, 4);
+    shape.grid_w = bytes.number(1, 9);
+    shape.patch = bytes.number(1, 6);
+    return expect(check::recovered_loss(kernels, dtype, dtype, shape, bytes.number(0, 1) == 1), "recovered_loss");
+  }
   check::ConvShape shape{};
   shape.n_in = bytes.number(1, 60);
   shape.n_out = bytes.number(1, 60);
@@ -204,7 +236,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const std::vector<Isa> isas = available_isas();
   Bytes bytes(data, size);
   const Kernels& table = kernels(isas[as_size(bytes.number(0, static_cast<int64_t>(isas.size()) - 1))]);
-  const int64_t which = bytes.number(0, 7);
+  const int64_t which = bytes.number(0, 11);
   if (which == 0) {
     fuzz_tap_table(table, bytes);
   } else if (which == 1) {
