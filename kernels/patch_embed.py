@@ -191,6 +191,8 @@ def patch_embed(
     """
     batch, channels, height, width = images.shape
     embed_dim, _, patch_h, patch_w = weight.shape
+    # As long as the image leaves one patch, as all longer ones do; a row of pixels times one of those may overflow.
+    stride_h, stride_w = min(stride_h, height), min(stride_w, width)
     kept = keep.shape[1]
     rows = batch * kept
     dtype = images.dtype if pos is None else torch.promote_types(images.dtype, pos.dtype)

@@ -344,7 +344,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
         save_file(plain, path, metadata=dict(metadata or {"format": "pt"}))
         path.chmod(mode)  # safetensors may leave files that nobody else can read
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
+        number = re.search(r"(?:os error|Os \{ code:) (\d+)", str(error))  # the second up to safetensors 0.5
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
