@@ -23,7 +23,7 @@ from .crossings import goes_dense
 from .dense_way import dense_convolve
 from .packed import PackedFeatures, pack
 from .plan import MaskPlan, Pair, Window
-from .where import where
+from .where import refuse_reentrant_checkpoint, where
 
 __all__ = ["MaskedConv2d", "conv2d", "convolve", "fixed_order", "same_window"]
 
@@ -62,6 +62,8 @@ class MaskedConv2d(nn.Conv2d):
                 raise ValueError("visible is given, but input is packed and carries its mask already; leave it out.")
             return self._convolve_rows(pack(input, visible)).to_dense()
         if isinstance(input, PackedFeatures):
+            if input.requires_grad and not torch.is_grad_enabled():
+                refuse_reentrant_checkpoint(PackedFeatures)
             return self._convolve_rows(input)
         return super().forward(input)
 

@@ -87,7 +87,7 @@ def avg_pool2d(
         ``(B, C, H / stride, W / stride)``, packed.
 
     Raises:
-        ValueError: cells that would not stay whole.
+        ValueError: cells that would not stay whole, or a `divisor_override` of 0.
 
     Example:
         >>> from fastmkd.nn.packed import pack
@@ -95,6 +95,8 @@ def avg_pool2d(
         >>> avg_pool2d(x, 2).values
         tensor([[1.]])
     """
+    if divisor_override == 0:
+        raise ValueError("divisor_override is 0; expected what to divide the sums by, or None for the window's size.")
     window = _window(input, kernel_size, stride, padding, 1, ceil_mode)
     taps, channels = input.plan.taps(input.cell, window), input.shape[1]
     sums = masked_conv2d(

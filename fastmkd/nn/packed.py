@@ -303,8 +303,9 @@ class PackedFeatures:
 
         Args:
             *args: as `torch.Tensor.to`.
-            **kwargs: as `torch.Tensor.to`.
+            **kwargs: as `torch.Tensor.to`; a `memory_format` is ignored, rows have one layout.
         """
+        kwargs.pop("memory_format", None)
         values = self.values.to(*args, **kwargs)
         if values.device != self.plan.device:
             raise ValueError(
@@ -391,8 +392,19 @@ class PackedFeatures:
     def __itruediv__(self, other: Any) -> PackedFeatures:
         return self.div_(other)
 
+    def __rpow__(self, base: Any) -> PackedFeatures:
+        return _functions.pow(base, self)
+
     def __neg__(self) -> PackedFeatures:
         return _functions.neg(self)
+
+    def __abs__(self) -> PackedFeatures:
+        return _functions.abs(self)
+
+    def _ordering(self, other: object) -> bool:
+        raise self._unsupported("a comparison")
+
+    __lt__ = __le__ = __gt__ = __ge__ = _ordering
 
     # Without it, Python would compare maps as objects and answer with one bool.
     def __eq__(self, other: object) -> bool:

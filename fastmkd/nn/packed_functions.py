@@ -110,8 +110,8 @@ def _first_packed(tree: Any) -> PackedFeatures:
 def _rows(operand: Any, lead: PackedFeatures) -> Any:
     """What an operand contributes to a row-wise operation on the rows of `lead`."""
     if isinstance(operand, PackedFeatures):
-        same = operand.plan is lead.plan or operand.plan.visible is lead.plan.visible
-        if not same or operand.size_hw != lead.size_hw or operand.channels_last != lead.channels_last:
+        alike = operand.size_hw == lead.size_hw and operand.channels_last == lead.channels_last
+        if not alike or not operand.plan.agrees_with(lead.plan):
             raise ValueError(
                 f"packed maps of shapes {tuple(lead.shape)} and {tuple(operand.shape)} do not belong together; both "
                 "need the same mask (pack them with one MaskPlan), size and layout."

@@ -69,7 +69,7 @@ class MaskPlan:
         count: how many cells are visible in the whole batch; None reads it from the mask.
 
     Raises:
-        TypeError: `visible` is not a bool tensor.
+        TypeError: `visible` is not a bool tensor, or `count` no int.
         ValueError: a wrong shape, an image with nothing visible, or a wrong `count` (on a GPU asynchronous asserts).
 
     Example:
@@ -79,11 +79,15 @@ class MaskPlan:
     """
 
     def __init__(self, visible: Tensor, count: int | None = None) -> None:
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int | torch.SymInt)):
+            raise TypeError(f"count is {count!r}; expected the number of visible cells, an int, or None to count them.")
         if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
             what = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
             raise TypeError(f"visible is {what}; expected a bool tensor, True where the image may be seen.")
         if visible.dim() != 3 or visible.numel() == 0:
             raise ValueError(f"visible has shape {tuple(visible.shape)}; expected (B, gh, gw), a cell grid per image.")
+        if visible.is_meta and count is None:
+            raise ValueError("visible is on meta, which holds no values to count; give count, how many cells it shows.")
         require(visible.flatten(1).any(1).all(), "visible hides an image entirely; every image needs a visible cell.")
         with _lasting():
             flat = visible.flatten()
@@ -94,8 +98,8 @@ class MaskPlan:
                 self.cells = torch.nonzero_static(flat, size=count)[:, 0]
             # (B, gh, gw): position of a cell among the visible ones
             self.rank = torch.where(flat, flat.cumsum(0) - 1, -1).view_as(visible)
-            self._seen = visible.clone()  # what is derived later holds even if the caller's mask changes meanwhile
-        self.visible = visible
+            self.visible = visible.clone()  # what is derived later holds even if the caller's mask changes meanwhile
+        self._made_of = visible, _version(visible)
         self.batch, self.grid = visible.shape[0], (visible.shape[1], visible.shape[2])
         self._taps: dict[tuple[Pair, Window, bool], Taps] = {}
         self._tables: dict[tuple[Pair, Window, bool], tuple[Tensor, Tensor]] = {}
@@ -141,6 +145,28 @@ class MaskPlan:
         """
         return self.num_cells * cell[0] * cell[1]
 
+    def agrees_with(self, other: MaskPlan) -> bool:
+        """Returns whether rows of the two plans belong to the same positions: one plan, or two of one unchanged mask.
+
+        Nothing waits for a GPU but where two plans are of one inference tensor, which does not tell whether it changed.
+
+        Args:
+            other: the other plan.
+
+        Example:
+            >>> visible = torch.tensor([[[True, False]]])
+            >>> plan, same = MaskPlan(visible), MaskPlan(visible)
+            >>> visible[:] = True
+            >>> plan.agrees_with(same), plan.agrees_with(MaskPlan(visible))
+            (True, False)
+        """
+        if self is other:
+            return True
+        (mine, version), (theirs, other_version) = self._made_of, other._made_of
+        if mine is not theirs or version != other_version:
+            return False
+        return version is not None or torch.equal(self.visible, other.visible)
+
     @property
     def visible_share(self) -> float:
         """Visible cells among all, in (0, 1]; the host knows it."""
@@ -154,7 +180,7 @@ class MaskPlan:
     @property
     def cells_per_image(self) -> Tensor:
         """``(B,)`` int64, how many visible cells each image has."""
-        return self._seen.flatten(1).sum(1)
+        return self.visible.flatten(1).sum(1)
 
     def positions(self, cell: Pair) -> tuple[Tensor, Tensor]:
         """Returns where in its image each row lies, ``(N,)`` int64 each: y and x.
@@ -188,10 +214,12 @@ class MaskPlan:
         key = (cell, window, backward)
         if key not in self._taps:
             table, order = self._table(cell, window)[0], self._order(cell, window)
-            back, order_back = table.new_empty(0, table.shape[1]), order.new_empty(0)
             if backward:
                 back = self._table(cell, window, transposed=True)[0]
                 order_back = self._order(cell, window, transposed=True)
+            else:
+                with _lasting():
+                    back, order_back = table.new_empty(0, table.shape[1]), order.new_empty(0)
             self._taps[key] = Taps(table, back, order, order_back)
         return self._taps[key]
 
@@ -238,7 +266,7 @@ class MaskPlan:
             tensor([1, 3])
         """
         if height not in self._runs:
-            gw, flat = self.grid[1], self._seen.flatten()
+            gw, flat = self.grid[1], self.visible.flatten()
             with _lasting():
                 y = torch.arange(height, device=self.device)
                 hidden = torch.nonzero_static(~flat, size=flat.shape[0] - self.num_cells)[:, 0]
@@ -266,8 +294,8 @@ class MaskPlan:
             with _lasting():
                 # The C++ kernels go through rows in memory order and never look at this: nothing is sorted on a CPU.
                 on_cpu = pattern.device.type == "cpu"
-                order = torch.arange(pattern.shape[0], dtype=torch.int32) if on_cpu else group_rows(pattern)
-                self._orders[key] = order
+                memory_order = {"dtype": torch.int32, "device": pattern.device}
+                self._orders[key] = torch.arange(len(pattern), **memory_order) if on_cpu else group_rows(pattern)
         return self._orders[key]
 
 
@@ -297,6 +325,11 @@ def output_cell(grid: Pair, cell: Pair, window: Window) -> Pair:
                 "stride that divides the cell. Choose a coarser grid, or call .to_dense() before this layer."
             )
     return cell[0] // window.stride[0], cell[1] // window.stride[1]
+
+
+def _version(mask: Tensor) -> int | None:
+    """How often a tensor has been written to; None if it does not count."""
+    return None if mask.is_inference() else mask._version
 
 
 def _lasting() -> AbstractContextManager[Any]:

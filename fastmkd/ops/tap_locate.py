@@ -56,13 +56,13 @@ def locate(
     """
     offset, inside, exists = [], [], []  # an axis each: (P_a, T_a)
     for a in (0, 1):
-        taps = torch.arange(kernel[a]) * dilation[a] - padding[a]
+        taps = torch.arange(kernel[a], device="cpu") * dilation[a] - padding[a]
         if transposed:  # the output pixel o with o * stride + tap = input pixel
-            shifted = torch.arange(cell[a])[:, None] - taps
+            shifted = torch.arange(cell[a], device="cpu")[:, None] - taps
             exists.append(shifted % stride[a] == 0)
             at, side = shifted.div(stride[a], rounding_mode="floor"), cell[a] // stride[a]
         else:
-            at, side = torch.arange(cell[a] // stride[a])[:, None] * stride[a] + taps, cell[a]
+            at, side = torch.arange(cell[a] // stride[a], device="cpu")[:, None] * stride[a] + taps, cell[a]
             exists.append(torch.ones_like(at, dtype=torch.bool))
         offset.append(at.div(side, rounding_mode="floor"))
         inside.append(at % side)
@@ -75,8 +75,8 @@ def locate(
     column = torch.where(spread(exists[0].int(), exists[1].int()) == 2, which, len(offsets))  # (P, T)
     width = cell[1] // stride[1] if transposed else cell[1]
     pixel = spread(inside[0] * width, inside[1]).to(torch.int32)
-    chosen = column[:, :PATTERN_TAPS] == torch.arange(len(offsets))[:, None, None]  # (O, P, taps)
-    bits = chosen.double() @ torch.tensor([2.0**t for t in range(chosen.shape[2])], dtype=torch.float64)
+    chosen = column[:, :PATTERN_TAPS] == torch.arange(len(offsets), device="cpu")[:, None, None]  # (O, P, taps)
+    bits = chosen.double() @ torch.tensor([2.0**t for t in range(chosen.shape[2])], dtype=torch.float64, device="cpu")
     return Local(offsets.to(device), column.flatten().to(device), pixel.flatten().to(device), bits.to(device))
 
 

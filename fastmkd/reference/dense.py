@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..nn.convert import revert_cnn
 from ..nn.masked_norm import VisibleStatistics
@@ -125,6 +126,16 @@ def upsampled(visible: Tensor, size: tuple[int, int]) -> Tensor:
     return visible.repeat_interleave(size[0] // gh, 1).repeat_interleave(size[1] // gw, 2)
 
 
+_BEYOND = "_fastmkd_beyond_masks"  # marks what comes of a pooling to a fixed grid; other branches may still be masked
+
+
+def _beyond(result: Any) -> Any:
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            setattr(leaf, _BEYOND, True)
+    return result
+
+
 class _MaskedFunctions(TorchFunctionMode):
     """Replaces functions that mix positions, for the duration of one forward pass."""
 
@@ -133,16 +144,21 @@ class _MaskedFunctions(TorchFunctionMode):
         self.visible, self.stats = visible, stats
         self.masks: dict[tuple[int, int], Tensor] = {}
         self.rows: dict[tuple[int, int], Tensor] = {}
-        self.head = False  # True once a pooling to a fixed grid has ended the masked part
+        self.ends = False  # True once a pooling to a fixed grid has ended the masked part of something
         self.padded: Tensor | None = None  # the last explicitly padded map, masked already and of an odd size
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = dict(kwargs or {})
+        if self.ends and any(getattr(leaf, _BEYOND, False) for leaf in tree_leaves((args, kwargs))):
+            return _beyond(func(*args, **kwargs))
         rule = _RULES.get(func)
-        if rule is None or self.head or args[0].dim() != 4:
-            return func(*args, **(kwargs or {}))
-        return rule(self, func, *args, **(kwargs or {}))
+        if rule is not None and not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
+        if rule is None or args[0].dim() != 4:
+            return func(*args, **kwargs)
+        return rule(self, func, *args, **kwargs)
 
     def mask(self, x: Tensor, dims: tuple[int, int] = (2, 3)) -> Tensor | None:
         """``(B, H, W)`` bool mask of a map, None for one coarser than the grid, which is never masked."""
@@ -163,7 +179,7 @@ class _MaskedFunctions(TorchFunctionMode):
 
 def _window(mode: _MaskedFunctions, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     mask = None if x is mode.padded else mode.mask(x)
-    pointwise = func is torch.conv2d and args[0].shape[2:] == (1, 1)
+    pointwise = func is torch.conv2d and (kwargs["weight"] if "weight" in kwargs else args[0]).shape[2:] == (1, 1)
     x = x if mask is None or pointwise else x * mask[:, None].to(x.dtype)
     out: Tensor = func(x, *args, **kwargs)
     return out
@@ -218,8 +234,10 @@ def _adaptive_pool(mode: _MaskedFunctions, func: Any, x: Tensor, output_size: An
     if mask is not None and output_size in (1, (1, 1), [1, 1]):
         reduce = torch.Tensor.amax if "max" in func.__name__ else torch.Tensor.mean
         return _spatial(mode, reduce, x, (2, 3), True)
-    mode.head = mask is not None
     out: Tensor = func(x if mask is None else x * mask[:, None].to(x.dtype), output_size, *args, **kwargs)
+    if mask is not None:
+        mode.ends = True
+        _beyond(out)
     return out
 
 

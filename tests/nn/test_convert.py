@@ -103,7 +103,7 @@ def test_pooled_logits_and_packed_features():
     features = cnn.forward_features(x)
     assert isinstance(features, PackedFeatures)
     assert features.shape == (2, 24, 2, 2)
-    assert features.visible is VISIBLE
+    assert torch.equal(features.visible, VISIBLE)
     assert cnn.forward_head(features).shape == (2, 5)
 
 

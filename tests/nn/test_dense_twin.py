@@ -124,6 +124,27 @@ def test_the_twin_is_a_copy_under_the_same_names():
     assert not twin.model.layer1.training
 
 
+class Auxiliary(nn.Module):
+    """As GoogLeNet: a head that pools to a grid, beside a trunk that goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.trunk = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        pooled = nn.AdaptiveAvgPool2d(4), nn.Conv2d(4, 2, 3, padding=1)
+        self.head = nn.Sequential(*pooled, nn.Flatten(), nn.Linear(32, 5))
+
+    def forward(self, x):
+        x = self.stem(x)
+        aside = self.head(x)
+        return aside + nn.functional.conv2d(input=x, weight=self.trunk.weight, padding=1).mean((2, 3)).sum()
+
+
+def test_a_head_that_pools_to_a_grid_leaves_the_trunk_masked():
+    torch.manual_seed(0)
+    cnn = convert_cnn(Auxiliary().double())
+    require_equal(cnn, dense_twin(cnn), torch.randn(2, 3, 16, 16).double(), draw_mask("mixed", 2, (2, 2), 4))
+
+
 def test_the_twin_refuses():
     cnn = nn.Sequential(convert_cnn(nn.BatchNorm2d(3)), convert_cnn(nn.BatchNorm2d(3), stats="all"))
     with pytest.raises(ValueError, match="disagree on stats"):

@@ -192,6 +192,19 @@ def test_uneven_padding_stays_packed(table):
     assert not taken
 
 
+def test_float32_with_avx512_bf16_takes_the_table_of_avx512(tmp_path, monkeypatch):
+    monkeypatch.setattr(crossings, "TABLES", tmp_path)
+    monkeypatch.setattr(crossings, "device_key", lambda device: "cpu-avx512_bf16")
+    low = NAMED.replace("float32", "bfloat16")
+    (tmp_path / "cpu-avx512.json").write_text(json.dumps({"dense_from": {NAMED: 0.5, low: 0.5}}))
+    assert crossings._crossing(torch.device("cpu"), NAMED) == 0.5
+    assert crossings._crossing(torch.device("cpu"), low) is None
+    (tmp_path / "cpu-avx512_bf16.json").write_text(json.dumps({"dense_from": {low: 0.25}}))
+    crossings.read_table.cache_clear()
+    assert crossings._crossing(torch.device("cpu"), NAMED) is None
+    assert crossings._crossing(torch.device("cpu"), low) == 0.25
+
+
 def test_an_unknown_device_stays_packed(monkeypatch):
     monkeypatch.setattr(crossings, "device_key", lambda device: "nobody-measured-this")
     x = pack(torch.randn(1, 4, 4, 4), torch.ones(1, 2, 2).bool())

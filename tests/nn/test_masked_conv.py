@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_masks import draw_mask, masks, pixels
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastmkd
 from fastmkd.nn.masked_conv import MaskedConv2d
@@ -193,3 +194,19 @@ def test_tables_of_an_unwanted_gradient_are_not_built():
     torch.testing.assert_close(plain.values, with_gradient.values, rtol=0, atol=0)
     of_plain = torch.autograd.grad(plain.values.sum(), conv.weight)[0]
     torch.testing.assert_close(of_plain, torch.autograd.grad(with_gradient.values.sum(), conv.weight)[0])
+
+
+def checkpointed(reentrant):
+    torch.manual_seed(0)
+    stem, block = (nn.Sequential(MaskedConv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(2))
+    x = stem(pack(torch.randn(2, 4, 8, 8), draw_mask("mixed", 2, (2, 2), 1)))
+    out = block(x) if reentrant is None else checkpoint(block, x, use_reentrant=reentrant)
+    out.values.square().sum().backward()
+    return [p.grad for p in (*stem.parameters(), *block.parameters())]
+
+
+def test_gradient_checkpointing():
+    for got, want in zip(checkpointed(False), checkpointed(None), strict=True):
+        assert torch.equal(got, want)
+    with pytest.raises(TypeError, match=r"use_reentrant=True \(in 0, a MaskedConv2d\); .* Pass use_reentrant=False"):
+        checkpointed(True)

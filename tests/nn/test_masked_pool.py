@@ -171,6 +171,7 @@ X = pack(torch.randn(1, 4, 8, 8), torch.ones(1, 2, 2).bool())
     ("call", "error", "match"),
     [
         (nn.MaxPool2d(3, 2), ValueError, r"into 3 x 3, so the masked cells do not stay whole \(in a MaxPool2d\)"),
+        (nn.AvgPool2d(2, divisor_override=0), ValueError, "divisor_override is 0; expected what to divide"),
         (nn.AvgPool2d(8), ValueError, r"as large as the 8 x 8 map \(in a AvgPool2d\) would mix cells; use adaptive"),
         (nn.MaxPool2d(2, return_indices=True), TypeError, "max_pool2d_with_indices is not supported"),
         (nn.AdaptiveMaxPool2d(1, return_indices=True), TypeError, "adaptive_max_pool2d_with_indices is not"),

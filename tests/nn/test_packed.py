@@ -66,7 +66,7 @@ def test_rows_follow_cells_in_reading_order_then_pixels():
 def test_what_it_says_about_itself():
     x = pack(dense().requires_grad_(), VISIBLE)
     assert x.values is x.values
-    assert x.visible is VISIBLE
+    assert torch.equal(x.visible, VISIBLE)
     assert (x.shape, x.size(), x.size(1), x.dim(), x.ndim) == (dense().shape, dense().shape, CHANNELS, 4, 4)
     assert (x.dtype, x.device, x.is_cuda, x.requires_grad) == (torch.float64, torch.device("cpu"), False, True)
     assert x.cell == (2, 2)
@@ -264,6 +264,13 @@ def test_gradcheck_of_what_mixes_rows():
     assert torch.autograd.gradcheck(run, (x, gate))
 
 
+def test_operators_that_python_asks_for():
+    x = pack(dense(), VISIBLE)
+    same(abs(x), dense().abs())
+    same(2**x, 2 ** dense())
+    assert x.to(torch.float32, memory_format=torch.channels_last).dtype == torch.float32
+
+
 def test_casts():
     x = pack(dense(), VISIBLE)
     assert x.float().dtype == x.to(torch.float32).dtype == torch.float32
@@ -297,6 +304,19 @@ def test_maps_packed_apart_with_one_mask_belong_together():
     same(pack(dense(0), VISIBLE) + pack(dense(1), VISIBLE), dense(0) + dense(1))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_maps_of_a_mask_that_was_refilled_in_between_do_not(mode):
+    with mode():
+        visible = torch.tensor([[[True, False]]])
+        first = pack(torch.ones(1, 1, 1, 2), visible)
+        again = pack(torch.ones(1, 1, 1, 2), visible)
+        assert (first + again).values.tolist() == [[2]]
+        visible.copy_(torch.tensor([[[False, True]]]))
+        with pytest.raises(ValueError, match=BELONG):
+            first + pack(torch.ones(1, 1, 1, 2), visible)
+        assert first.visible.tolist() == [[[True, False]]]
+
+
 BELONG = "do not belong together; both need the same mask"
 
 
@@ -325,6 +345,8 @@ BELONG = "do not belong together; both need the same mask"
         (lambda x: x[0], TypeError, "indexing with 0 is not supported"),
         (lambda x: x == x.relu(), TypeError, r"a comparison is not supported .* call \.to_dense\(\) first"),
         (lambda x: x != 0, TypeError, "a comparison is not supported"),
+        (lambda x: x > 0, TypeError, "a comparison is not supported"),
+        (lambda x: x >= 1, TypeError, "a comparison is not supported"),
         (lambda x: x[:, :, ::2, ::2], TypeError, r"indexing with \(slice.* is not supported"),
         (lambda x: x[:, 1], TypeError, "indexing with .* is not supported"),
         (lambda x: torch.ones(4).expand_as(x), TypeError, "expand_as is not supported"),

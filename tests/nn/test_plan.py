@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_masks import draw_mask, masks, pixels
 
+import fastmkd
+from fastmkd.nn.masked_conv import MaskedConv2d
 from fastmkd.nn.packed import PackedFeatures, pack
 from fastmkd.nn.plan import MaskPlan, Window
+from fastmkd.ops.tap_locate import locate
 from fastmkd.ops.tap_table import group_rows, tap_table
 from fastmkd.ops.tap_tables import slow_tables
 
@@ -108,6 +111,30 @@ def test_tables_of_an_inference_pass_serve_training():
     assert images.grad.abs().sum() > 0
 
 
+def test_a_stem_without_an_inputs_gradient_trains_after_an_inference_pass():
+    plan, conv = MaskPlan(draw_mask("mixed", 2, (2, 2), 0)), MaskedConv2d(3, 4, 3, padding=1)
+    with torch.inference_mode():
+        conv(pack(torch.randn(2, 3, 4, 4), plan))
+    conv(pack(torch.randn(2, 3, 4, 4), plan)).values.sum().backward()
+    assert conv.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tables_are_on_the_masks_device_whatever_the_default_is(transposed):
+    plan, window = MaskPlan(draw_mask("mixed", 2, (2, 2), 0)), Window((3, 3), (1, 1), (1, 1), (1, 1))
+    locate.cache_clear()
+    want = plan.taps((2, 4), window)
+    locate.cache_clear()
+    torch.set_default_device("meta")
+    try:
+        with fastmkd.backend("eager" if transposed else "auto"):
+            got = MaskPlan(plan.visible).taps((2, 4), window)
+    finally:
+        torch.set_default_device(None)
+    for name in ("forward", "backward", "forward_order", "backward_order"):
+        assert torch.equal(getattr(got, name), getattr(want, name))
+
+
 def test_count_given_equals_count_read():
     visible = draw_mask("mixed", 3, (4, 5), 2)
     given_count, read = MaskPlan(visible, count=int(visible.sum())), MaskPlan(visible)
@@ -118,6 +145,12 @@ def test_count_given_equals_count_read():
 def test_count_that_is_wrong():
     with pytest.raises(ValueError, match="count is 5, which is not the number of visible cells"):
         MaskPlan(torch.ones(1, 2, 2, dtype=torch.bool), count=5)
+    for count in (4.0, True, "4"):
+        with pytest.raises(TypeError, match=f"count is {count!r}; expected the number of visible cells, an int"):
+            MaskPlan(torch.ones(1, 2, 2, dtype=torch.bool), count=count)
+    with pytest.raises(ValueError, match="visible is on meta, which holds no values to count; give count"):
+        MaskPlan(torch.ones(1, 2, 2, dtype=torch.bool, device="meta"))
+    assert MaskPlan(torch.ones(1, 2, 2, dtype=torch.bool, device="meta"), count=3).num_rows((2, 2)) == 12
 
 
 @pytest.mark.parametrize(
@@ -174,6 +207,7 @@ def test_a_mask_that_changes_after_pack_changes_nothing():
     images, twin = torch.randn(2, 3, 4, 4), visible.clone()
     packed, expected = pack(images, visible), pack(images, twin)
     visible.logical_not_()
+    assert torch.equal(packed.visible, twin)
     torch.testing.assert_close(packed.mean((2, 3)), expected.mean((2, 3)), rtol=0, atol=0)
     torch.testing.assert_close(packed.to_dense(), expected.to_dense(), rtol=0, atol=0)
     runs, wanted = packed.plan.runs(2), expected.plan.runs(2)
