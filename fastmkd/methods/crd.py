@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.autocast import no_autocast
 from ..ops.registry import require
 from .baselines import Answers, Baseline, Step
 from .ranks import gather
@@ -206,7 +207,7 @@ class Memory(nn.Module):
         count = len(self.by_class)
         require(((numbers >= 0) & (numbers < count)).all(), f"numbers holds an image outside 0 to {count - 1}.")
         drawn = torch.cat((numbers[:, None], self.draw(numbers)), dim=1).expand(2, -1, -1)  # itself, then its negatives
-        with torch.autocast(student.device.type, enabled=False):
+        with no_autocast(student.device):
             # The whole bank in one product, then a look-up: K rows copied for each image would be more to move.
             products = torch.stack((teacher, student)) @ self.rows.mT.to(student.dtype)  # (2, B, N)
             scores = products.gather(2, drawn) / self.temperature  # (2, B, 1 + K)

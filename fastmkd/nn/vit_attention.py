@@ -12,6 +12,8 @@ import torch
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from ..ops.autocast import no_autocast
+
 __all__ = ["cls_attention_logits", "patch_attention", "why_attention_unreadable"]
 
 
@@ -93,5 +95,5 @@ def _logits(attn: Any, q: Tensor, k: Tensor) -> Tensor:
     # timm's fused path leaves the scale to PyTorch and ignores attn.scale.
     scale = attn.head_dim**-0.5 if getattr(attn, "fused_attn", True) else float(attn.scale)
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         return q.to(wide) @ k.to(wide).mT * scale

@@ -97,7 +97,9 @@ def test_layers_of_a_resnet():
     names += ["layer1", "layer2", "layer3", "layer4", "layer4.0", "layer4.1.act2"]
     right = {}
     for name in names:
-        network.get_submodule(name).register_forward_hook(lambda _m, _a, out, name=name: right.update({name: out.clone()}))
+        network.get_submodule(name).register_forward_hook(
+            lambda _m, _a, out, name=name: right.update({name: out.clone()})
+        )
     images = pictures()
     with torch.no_grad():
         network(images)
