@@ -111,13 +111,15 @@ class FeatureKD(DistillMethod):
                     f"student has {own.logits.shape[-1]} classes and teacher {other.logits.shape[-1]}; create them "
                     "with the same num_classes."
                 )
+            first = next(student.parameters())
             self.heads.update(chosen.heads(own, other))
+            self.heads.to(first.dtype)  # the memories stay in float32: a bfloat16 would swallow their small steps
             if labels is not None:
                 self.heads.update(chosen.memories(len(self.layers), labels))
         except (TypeError, ValueError):
             self.release()
             raise
-        self.heads.to(next(student.parameters()).device)
+        self.heads.to(first.device)
         self.needs_image_numbers = labels is not None
         # By default DDP sends all buffers from rank 0 before each forward pass; these are large and the same on all.
         self._ddp_params_and_buffers_to_ignore = [n for n, _ in self.named_buffers() if n.startswith("heads.memory")]
