@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.autocast import autocast_dtype, no_autocast
 from ..ops.registry import require
 from .baselines import Answers, Baseline, Step
 from .ranks import gather
@@ -206,7 +207,7 @@ class Memory(nn.Module):
         count = len(self.by_class)
         require(((numbers >= 0) & (numbers < count)).all(), f"numbers holds an image outside 0 to {count - 1}.")
         drawn = torch.cat((numbers[:, None], self.draw(numbers)), dim=1).expand(2, -1, -1)  # itself, then its negatives
-        with torch.autocast(student.device.type, enabled=False):
+        with no_autocast(student.device):
             # The whole bank in one product, then a look-up: K rows copied for each image would be more to move.
             products = torch.stack((teacher, student)) @ self.rows.mT.to(student.dtype)  # (2, B, N)
             scores = products.gather(2, drawn) / self.temperature  # (2, B, 1 + K)
@@ -284,6 +285,8 @@ class BatchCRD(Contrast):
 def embed(head: nn.Module, features: Tensor) -> Tensor:
     """``(B, C, h, w)`` -> ``(B, width)`` of norm 1, in at least float32.
 
+    The network may run in another precision than the head, as a teacher with a `teacher_dtype` does.
+
     Args:
         head: ``(B, C)`` -> ``(B, width)``.
         features: a map.
@@ -292,5 +295,8 @@ def embed(head: nn.Module, features: Tensor) -> Tensor:
         >>> embed(nn.Identity(), torch.tensor([3.0, 4.0]).view(1, 2, 1, 1).expand(1, 2, 5, 5))
         tensor([[0.6000, 0.8000]])
     """
-    embedded: Tensor = head(features.mean((2, 3)))
+    pooled = features.mean((2, 3))
+    if autocast_dtype(pooled.device) is None:
+        pooled = pooled.to(next(head.parameters(), pooled).dtype)
+    embedded: Tensor = head(pooled)
     return F.normalize(embedded if embedded.dtype == torch.float64 else embedded.float())

@@ -20,6 +20,7 @@ from .inherit import inherit_head
 from .level_sizes import resized_size, size_of_level
 from .mkd_losses import channel_logit_loss
 from .mkd_masking import Sight
+from .overwritten import refuse_overwritten
 from .teacher_call import CompileMode, TeacherCall
 
 __all__ = ["DenseMethod", "LevelShape", "Seen"]
@@ -83,6 +84,7 @@ class DenseMethod(DistillMethod):
         levels: a `LevelShape` for each pair.
         part_stride: pixels between positions of the coarsest map that the part makes.
         frozen_parts: names of the largest parts of the student that came frozen and stay so, such as first stages.
+        student_copied: the student's levels that a later layer overwrites, which are read from copies.
         inherited: names that the student began with from the teacher, see `inherit`.
         not_inherited: names of its neck and head that do not fit the teacher's.
 
@@ -95,6 +97,7 @@ class DenseMethod(DistillMethod):
     form: Form
     levels: list[LevelShape]
     part_stride: int
+    student_copied: tuple[str, ...]
 
     def __init__(
         self,
@@ -186,10 +189,12 @@ class DenseMethod(DistillMethod):
             raise ValueError("layers is empty; name at least one pair of layers, {student: teacher}.")
         # The masked part's own maps too: how coarse they become decides what a mask may be.
         last, known = last_stage(student, self.form)
-        of_student, size = probe_levels(
+        of_student, size, self.student_copied = probe_levels(
             student, self.form, "student", list(dict.fromkeys([*layers, *last])), image_size
         )
-        of_teacher, _ = probe_levels(teacher, self._teacher_form, "teacher", list(layers.values()), size)
+        of_teacher, _, self._teacher_copied = probe_levels(
+            teacher, self._teacher_form, "teacher", list(layers.values()), size
+        )
         pairs = pair_levels(layers, of_student, of_teacher)
         strides = level_strides(student, self.form, "student", of_student, size)
         theirs = level_strides(teacher, self._teacher_form, "teacher", of_teacher, size)
@@ -254,8 +259,10 @@ class DenseMethod(DistillMethod):
                 features, head = self.student.get_submodule(form.features), head_of(self.student, form, "student")
                 stack.callback(features.register_forward_hook(measure).remove)
                 stack.callback(head.register_forward_hook(lambda _m, _a, out: said.append(out)).remove)
-            stack.enter_context(read_levels(self.student, list(self.layers), found, self.densify(sight)))
+            reading = read_levels(self.student, list(self.layers), found, self.densify(sight), self.student_copied)
+            versions = stack.enter_context(reading)
             output = self.student(images, targets) if form.task == "detection" else self.student(images)
+        refuse_overwritten(found, versions)
         if self.wants_logits and form.task == "segmentation":
             said.append(output)
         logits = class_maps(said[0], sizes) if said else []
@@ -284,7 +291,9 @@ class DenseMethod(DistillMethod):
             images: ``(B, C, H, W)``, what the student's backbone got.
         """
         names = [level.teacher for level in self.levels]
-        return self._teacher_call(self.teacher, images, self._teacher_form, names, self.wants_logits)
+        return self._teacher_call(
+            self.teacher, images, self._teacher_form, names, self._teacher_copied, self.wants_logits
+        )
 
     def logit_error(self, student: Levels, teacher: Levels, temperature: float) -> Tensor:
         """Returns CWD's loss of the maps of class logits, summed over levels.
@@ -302,15 +311,24 @@ class DenseMethod(DistillMethod):
         return torch.stack([channel_logit_loss(s, t, temperature) for s, t in pairs]).sum()
 
 
-def _observe_teacher(network: nn.Module, images: Tensor, form: Form, layers: Sequence[str], logits: bool) -> Levels:
+def _observe_teacher(
+    network: nn.Module, images: Tensor, form: Form, layers: Sequence[str], copied: Sequence[str], logits: bool
+) -> Levels:
     """Runs what makes the levels, and with logits also what makes these."""
     found: dict[str, Tensor] = {}
-    with read_levels(network, layers, found):
-        if not logits:
-            run_features(network, form, images)
-            return Levels(found, [])
-        if form.task == "segmentation":
-            return Levels(found, class_maps(network(images), []))
-        pyramid = list(run_features(network, form, images).values())
-        said = head_of(network, form, "teacher")(pyramid)
-        return Levels(found, class_maps(said, [(x.shape[2], x.shape[3]) for x in pyramid]))
+    with read_levels(network, layers, found, copied=copied) as versions:
+        maps = _class_maps_of(network, images, form, logits)
+    refuse_overwritten(found, versions)
+    return Levels(found, maps)
+
+
+def _class_maps_of(network: nn.Module, images: Tensor, form: Form, logits: bool) -> list[Tensor]:
+    """Runs what makes the levels; the maps of class logits if they are wanted, else none."""
+    if not logits:
+        run_features(network, form, images)
+        return []
+    if form.task == "segmentation":
+        return class_maps(network(images), [])
+    pyramid = list(run_features(network, form, images).values())
+    said = head_of(network, form, "teacher")(pyramid)
+    return class_maps(said, [(x.shape[2], x.shape[3]) for x in pyramid])

@@ -7,13 +7,14 @@ them; ``"backbone.fpn:p6"`` is one of these.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .features import eval_mode, input_shape
+from .overwritten import keep_output, overwritten
 
 __all__ = ["PROBE_SIDE", "Form", "Levels", "form_of", "pair_levels", "probe_levels", "read_levels", "run_features"]
 
@@ -108,8 +109,12 @@ def run_features(network: nn.Module, form: Form, images: Tensor) -> Any:
 
 @contextlib.contextmanager
 def read_levels(
-    network: nn.Module, layers: Sequence[str], found: dict[str, Tensor], dense: Callable[[str, Any], Any] | None = None
-) -> Iterator[None]:
+    network: nn.Module,
+    layers: Sequence[str],
+    found: dict[str, Tensor],
+    dense: Callable[[str, Any], Any] | None = None,
+    copied: Collection[str] = (),
+) -> Iterator[dict[str, int]]:
     """Reads the outputs of layers through hooks that live inside the context.
 
     Args:
@@ -117,6 +122,10 @@ def read_levels(
         layers: their names; several may name one module.
         found: gets ``(B, C, h, w)`` by the level's name, a name and a key for each map of a module with several.
         dense: what is applied to a module's output, given its name first, before maps are read from it.
+        copied: levels that a later layer overwrites, as `probe_levels` says; they are read from copies.
+
+    Yields:
+        For `refuse_overwritten`, which is to be called after the forward pass.
 
     Raises:
         ValueError: while the network runs: a module that runs twice, an output without such a key or that is no map.
@@ -125,6 +134,7 @@ def read_levels(
     for layer in layers:
         name, colon, key = layer.partition(":")
         keys.setdefault(name, []).append(key if colon else None)
+    versions: dict[str, int] = {}
 
     def reader(name: str, wanted: list[str | None]) -> Callable[..., None]:
         def read(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -135,14 +145,15 @@ def read_levels(
                 if not isinstance(x, Tensor) or x.dim() != 4:
                     what = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
                     raise ValueError(f"the layer {level!r} returns {what}; expected a map (B, C, h, w).")
-                found[level] = x.permute(0, 3, 1, 2) if _channels_last(network, name) else x
+                x = x.permute(0, 3, 1, 2) if _channels_last(network, name) else x
+                found[level] = keep_output(level, x, copied, versions)
 
         return read
 
     with contextlib.ExitStack() as stack:
         for name, wanted in keys.items():
             stack.callback(network.get_submodule(name).register_forward_hook(reader(name, wanted)).remove)
-        yield
+        yield versions
 
 
 def _channels_last(network: nn.Module, name: str) -> bool:
@@ -173,7 +184,7 @@ def _by_key(name: str, output: Any, wanted: list[str | None]) -> dict[str, Any]:
 @torch.no_grad()
 def probe_levels(
     network: nn.Module, form: Form, role: str, layers: Sequence[str], image_size: int | Sequence[int] | None
-) -> tuple[dict[str, Tensor], tuple[int, int]]:
+) -> tuple[dict[str, Tensor], tuple[int, int], tuple[str, ...]]:
     """Runs a network on one black image in eval mode, to learn its levels; leaves it as it was.
 
     Args:
@@ -184,7 +195,7 @@ def probe_levels(
         image_size: side of the image, or height and width; None is 256 pixels, or what a classifier was made for.
 
     Returns:
-        The levels in the order of `layers`, and the image's size.
+        The levels in the order of `layers`, the image's size, and the levels that a later layer overwrites.
 
     Raises:
         ValueError: a layer that there is not or that does not run, or an image that the network does not take.
@@ -211,7 +222,7 @@ def probe_levels(
     found: dict[str, Tensor] = {}
     images = torch.zeros(1, channels, *size, device=weight.device, dtype=weight.dtype)
     try:
-        with eval_mode(network), read_levels(network, layers, found):
+        with eval_mode(network), read_levels(network, layers, found) as versions:
             run_features(network, form, images)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
@@ -224,7 +235,7 @@ def probe_levels(
     ]
     if silent:
         raise ValueError(f"the layer {silent[0]!r} of the {role} did not run; name one that does.")
-    return found, (size[0], size[1])
+    return found, (size[0], size[1]), overwritten(found, versions)
 
 
 def pair_levels(

@@ -15,6 +15,7 @@ from .dense_networks import read_levels, run_features
 from .features import eval_mode
 from .fgd import box_masks
 from .mkd_losses import normalise
+from .overwritten import refuse_overwritten
 
 if TYPE_CHECKING:
     from .dense_kd import DenseKD
@@ -112,8 +113,9 @@ def look_at(
         height, width = (max(sides) for sides in zip(*batched.image_sizes, strict=True))
         boxes = None if transformed is None else [target["boxes"] for target in transformed]
     found: dict[str, Tensor] = {}
-    with read_levels(method.student, [level.name], found, method.densify(sight)):
+    with read_levels(method.student, [level.name], found, method.densify(sight), method.student_copied) as versions:
         method.student(batch) if not method.form.features else run_features(method.student, method.form, batch)
+    refuse_overwritten(found, versions)
     teacher = method.ask_teacher(batch).maps[level.teacher]
     shown = batch
     if transform is not None:

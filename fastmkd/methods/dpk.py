@@ -149,8 +149,8 @@ class DPK(DistillMethod):
         prior: Prior,
     ) -> None:
         shape = input_shape(student, image_size)
-        of_student = probe(student, "student", list(pairs), shape)
-        of_teacher = probe(teacher, "teacher", list(pairs.values()), shape)
+        of_student, self._student_copied = probe(student, "student", list(pairs), shape)
+        of_teacher, self._teacher_copied = probe(teacher, "teacher", list(pairs.values()), shape)
         classes = [split_heads(found.output)[0].shape[-1] for found in (of_student, of_teacher)]
         if classes[0] != classes[1]:
             raise ValueError(
@@ -197,8 +197,7 @@ class DPK(DistillMethod):
             ValueError: images or targets of a wrong size.
             TypeError: targets of a wrong dtype.
         """
-        student = observe_maps(self.student, images, list(self.layers))
-        teacher = self._ask_teacher(images)
+        student, teacher = self._ask_student(images), self._ask_teacher(images)
         heads, of_teacher = split_heads(student.output), split_heads(teacher.output)
         errors, shares = [], {}
         for name, stage, share, from_teacher in self._stitching(student, teacher):
@@ -228,7 +227,7 @@ class DPK(DistillMethod):
             images: ``(B, C, H, W)`` as in `forward`.
         """
         size = (images.shape[-2], images.shape[-1])
-        student, teacher = observe_maps(self.student, images, list(self.layers)), self._ask_teacher(images)
+        student, teacher = self._ask_student(images), self._ask_teacher(images)
         panels = super().pictures(images)
         for name, stage, _, from_teacher in self._stitching(student, teacher):
             own = _enlarge(~from_teacher, stage, teacher.maps[self.layers[name]]).float()  # (B, 1, h, w)
@@ -247,8 +246,11 @@ class DPK(DistillMethod):
             found.append((name, stage, share, from_teacher))
         return found
 
+    def _ask_student(self, images: Tensor) -> Features:
+        return observe_maps(self.student, images, list(self.layers), self._student_copied)
+
     def _ask_teacher(self, images: Tensor) -> Features:
-        return self._teacher_call(self.teacher, images, list(self.layers.values()))
+        return self._teacher_call(self.teacher, images, list(self.layers.values()), self._teacher_copied)
 
 
 def feature_error(hybrid: Tensor, target: Tensor, seen: Tensor | None) -> Tensor:

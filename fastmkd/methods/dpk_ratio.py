@@ -168,8 +168,9 @@ class MeasuredRatio(RatioRule):
     number counts as the largest, so the share is then 1. The maps of all ranks are gathered for that, which is what one
     process with the global batch would measure; on many nodes they are too large (docs/scaling.md), and "sums" adds up
     a few numbers of each rank's batch instead. Batches of fewer than `least` images are joined with the last ones until
-    there are so many; until then the share is 1. A batch smaller than the largest one so far (the ragged last of an
-    epoch) keeps the last share. In eval mode nothing is remembered.
+    there are so many; until then the last share stays, which is 1 at the start. A batch smaller than the one before it
+    (the ragged last of an epoch) keeps the last share; from the second batch of a smaller size on it is measured again,
+    so that a run that goes on with smaller batches follows the gap. In eval mode nothing is remembered.
 
     A subclass implements `gap`.
 
@@ -192,6 +193,7 @@ class MeasuredRatio(RatioRule):
         self.across_ranks = across_ranks
         # On the device, so that nothing waits for it; in the state, so that a resumed run goes on with the same bits.
         self.register_buffer("last", torch.ones(()))
+        # The size of the batch before. Older versions kept the largest so far, under this name in their checkpoints.
         self.register_buffer("largest", torch.zeros((), dtype=torch.int64))
         self._recent: list[tuple[Tensor, Tensor]] = []  # batches too small to be measured alone
 
@@ -230,13 +232,13 @@ class MeasuredRatio(RatioRule):
         elif self.training:
             self._recent = []
         if len(x) < self.least:
-            share = torch.ones((), device=x.device)
+            share = self.last.float()
         else:
             share = self.gap(x, y).float().nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).clamp(0, 1)
         share = torch.where(self.largest > images, self.last.float(), share)
         if self.training:
             self.last.copy_(share)
-            self.largest.clamp_(min=images)
+            self.largest.fill_(images)
         return share
 
     def _join_recent(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

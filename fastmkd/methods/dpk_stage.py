@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..nn.masks import cell_scores
 from ..ops import stitch_tokens
+from ..ops.autocast import autocast_dtype
 from .dpk_transforms import TRANSFORMS, Blocks
 
 __all__ = ["DPKStage", "draw_from_teacher", "least_patch_size"]
@@ -163,7 +164,7 @@ class DPKStage(nn.Module):
         k, (h, w) = self.patch_size, features.shape[-2:]
         if h % k or w % k:
             features = F.pad(features, (0, -w % k, 0, -h % k))
-        if not torch.is_autocast_enabled(features.device.type):
+        if autocast_dtype(features.device) is None:
             features = features.to(self.output.weight.dtype)  # a teacher of another precision
         tokens: Tensor = lift(features).flatten(2).mT  # (B, d, gh, gw) -> (B, N, d)
         return tokens if position is None else tokens + position

@@ -102,22 +102,24 @@ class FeatureKD(DistillMethod):
         try:
             self.layers = check_layers(layers or {}, student, teacher) if chosen.needs_layers else {}
             shape = input_shape(student, image_size)
-            own = self._answers(probe(student, "student", list(self.layers), shape), list(self.layers))
-            other = self._answers(
-                probe(teacher, "teacher", list(self.layers.values()), shape), list(self.layers.values())
-            )
+            names, of_teacher = list(self.layers), list(self.layers.values())
+            found, self._student_copied = probe(student, "student", names, shape)
+            theirs, self._teacher_copied = probe(teacher, "teacher", of_teacher, shape)
+            own, other = self._answers(found, names), self._answers(theirs, of_teacher)
             if own.logits.shape != other.logits.shape:
                 raise ValueError(
                     f"student has {own.logits.shape[-1]} classes and teacher {other.logits.shape[-1]}; create them "
                     "with the same num_classes."
                 )
+            first = next(student.parameters())
             self.heads.update(chosen.heads(own, other))
+            self.heads.to(first.dtype)  # the memories stay in float32: a bfloat16 would swallow their small steps
             if labels is not None:
                 self.heads.update(chosen.memories(len(self.layers), labels))
         except (TypeError, ValueError):
             self.release()
             raise
-        self.heads.to(next(student.parameters()).device)
+        self.heads.to(first.device)
         self.needs_image_numbers = labels is not None
         # By default DDP sends all buffers from rank 0 before each forward pass; these are large and the same on all.
         self._ddp_params_and_buffers_to_ignore = [n for n, _ in self.named_buffers() if n.startswith("heads.memory")]
@@ -151,10 +153,11 @@ class FeatureKD(DistillMethod):
         if self.needs_image_numbers:
             _check_numbers(numbers, len(images))
         names, of_teacher = list(self.layers), list(self.layers.values())
-        found = observe_maps(self.student, images, names)
+        found = observe_maps(self.student, images, names, self._student_copied)
         heads = split_heads(found.output)
         student = self._answers(found, names)
-        teacher = self._answers(self._teacher_call(self.teacher, images, of_teacher), of_teacher)
+        answer = self._teacher_call(self.teacher, images, of_teacher, self._teacher_copied)
+        teacher = self._answers(answer, of_teacher)
         ce = supervised_loss(heads[:1], targets)
         step = Step(targets, self.temperature, self.epoch, numbers)
         base = self.base.loss(self.heads, student, teacher, step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..metrics.comparison import layer_names
 from ..nn.vit import MaskedViT
+from .overwritten import keep_output, overwritten, refuse_overwritten
 
 __all__ = ["Features", "check_layers", "eval_mode", "input_shape", "observe_maps", "probe"]
 
@@ -41,7 +42,7 @@ class Features(NamedTuple):
         return Features(output, {name: fn(x) for name, x in self.maps.items()})
 
 
-def observe_maps(model: nn.Module, images: Tensor, layers: Sequence[str]) -> Features:
+def observe_maps(model: nn.Module, images: Tensor, layers: Sequence[str], copied: Collection[str] = ()) -> Features:
     """Runs a network once and reads the named layers through hooks that live for this call.
 
     A ViT's tokens become a map over its patches, prefix tokens left out; a Swin's channels-last map is permuted.
@@ -50,9 +51,10 @@ def observe_maps(model: nn.Module, images: Tensor, layers: Sequence[str]) -> Fea
         model: the network.
         images: ``(B, C, H, W)``.
         layers: names as in ``named_modules()``.
+        copied: those whose output a later layer overwrites, as `probe` says; they are read from copies.
 
     Raises:
-        ValueError: a layer that does not run exactly once, or whose output is no map.
+        ValueError: a layer that does not run exactly once, whose output is no map, or is overwritten and not `copied`.
         TypeError: a layer whose output is no tensor.
 
     Example:
@@ -61,19 +63,30 @@ def observe_maps(model: nn.Module, images: Tensor, layers: Sequence[str]) -> Fea
         >>> observe_maps(vit, torch.zeros(2, 3, 32, 32), ["blocks.1"]).maps["blocks.1"].shape
         torch.Size([2, 192, 2, 2])
     """
+    observed, found, versions = _observe(model, images, layers, copied)
+    refuse_overwritten(found, versions)
+    return observed
+
+
+def _observe(
+    model: nn.Module, images: Tensor, layers: Sequence[str], copied: Collection[str]
+) -> tuple[Features, dict[str, Tensor], dict[str, int]]:
     network = _bare(model)
     found: dict[str, Tensor] = {}
-    with _hooks(network, layers, found):
+    versions: dict[str, int] = {}
+    with _hooks(network, layers, found, copied, versions):
         output = network(images)
     silent = [name for name in layers if name not in found]
     if silent:
         raise ValueError(f"the layer {silent[0]!r} did not run in the forward; name one that does.")
     size = (images.shape[-2], images.shape[-1])
-    return Features(output, {name: _as_map(network, name, found[name], size) for name in layers})
+    return Features(output, {name: _as_map(network, name, found[name], size) for name in layers}), found, versions
 
 
 @torch.no_grad()
-def probe(model: nn.Module, role: str, layers: Sequence[str], shape: tuple[int, int, int]) -> Features:
+def probe(
+    model: nn.Module, role: str, layers: Sequence[str], shape: tuple[int, int, int]
+) -> tuple[Features, tuple[str, ...]]:
     """Runs a network on one black image in eval mode, to learn the shapes of its maps; leaves it as it was.
 
     Args:
@@ -82,17 +95,23 @@ def probe(model: nn.Module, role: str, layers: Sequence[str], shape: tuple[int, 
         layers: names of layers.
         shape: ``(C, H, W)`` of the image.
 
+    Returns:
+        What it made of the image, and the layers whose output a later one overwrites.
+
     Raises:
         ValueError: the network does not take such an image, or see `observe_maps`.
 
     Example:
-        >>> probe(nn.Sequential(nn.Conv2d(3, 8, 3)), "student", ["0"], (3, 9, 9)).maps["0"].shape
-        torch.Size([1, 8, 7, 7])
+        >>> found, copied = probe(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(True)), "student", ["0"], (3, 9, 9))
+        >>> found.maps["0"].shape, copied
+        (torch.Size([1, 8, 7, 7]), ('0',))
     """
     weight = next(model.parameters())
     try:
         with eval_mode(model):
-            return observe_maps(model, torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype), layers)
+            image = torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype)
+            observed, found, versions = _observe(model, image, layers, ())
+            return observed, overwritten(found, versions)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -188,21 +207,26 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _hooks(model: nn.Module, layers: Sequence[str], found: dict[str, Tensor]) -> Iterator[None]:
+def _hooks(
+    model: nn.Module, layers: Sequence[str], found: dict[str, Tensor], copied: Collection[str], versions: dict[str, int]
+) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in dict.fromkeys(layers):
-            stack.callback(model.get_submodule(name).register_forward_hook(_reader(name, found)).remove)
+            reader = _reader(name, found, copied, versions)
+            stack.callback(model.get_submodule(name).register_forward_hook(reader).remove)
         yield
 
 
-def _reader(name: str, found: dict[str, Tensor]) -> Callable[..., None]:
+def _reader(
+    name: str, found: dict[str, Tensor], copied: Collection[str], versions: dict[str, int]
+) -> Callable[..., None]:
     def read(_module: nn.Module, _args: Any, output: Any) -> None:
         feature = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(feature, Tensor):
             raise TypeError(f"the layer {name!r} returns {type(feature).__name__}; name one that returns a tensor.")
         if name in found:
             raise ValueError(f"the layer {name!r} runs more than once in a forward; name one that runs once.")
-        found[name] = feature
+        found[name] = keep_output(name, feature, copied, versions)
 
     return read
 

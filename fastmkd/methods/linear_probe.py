@@ -106,7 +106,11 @@ class ProbingMethod(DistillMethod):
         super().__init__(student, teacher, teacher_device=teacher_device)
         self._normed: list[str] = []
         if batch_norm:
-            self._add_batch_norm()
+            try:
+                self._add_batch_norm()
+            except ValueError:
+                self.release()
+                raise
         if linear_probe:
             self.train(self.training)
 

@@ -94,7 +94,7 @@ class Saliency(MaskStrategy):
         self.layer, self.queries, self.order = layer, queries, order
 
     def needs(self, student: MaskedViT) -> Needs:
-        """The saliency of the last layer, or the attention of another one.
+        """The saliency of a layer, or the attention of its patches.
 
         Args:
             student: the network that learns.
@@ -117,7 +117,9 @@ class Saliency(MaskStrategy):
         if reason is not None:
             raise ValueError(f"the student's layer {self.layer} gives no saliency: {reason}.")
         layers = frozenset({index})
-        return Needs(attention=layers) if self.queries == "cls" else Needs(patch_attention=layers)
+        if self.queries == "patch":
+            return Needs(patch_attention=layers)
+        return Needs(saliency=True) if index == len(blocks) - 1 else Needs(layer_saliency=layers)
 
     def _index(self, depth: int) -> int:
         if isinstance(self.layer, int):
@@ -135,13 +137,13 @@ class Saliency(MaskStrategy):
         """
         assert student is not None
         index = self._index(student.depth)
-        if self.layer == "last" and self.queries == "cls":
+        if self.queries == "patch":
+            values = student.patch_attention[index]
+        elif index < student.depth - 1:
+            values = student.layer_saliency[index]
+        else:
             assert student.saliency is not None
             values = student.saliency.detach()
-        elif self.queries == "cls":
-            values = student.attention[index].detach().softmax(-1).sum(1)  # (B, H, N) -> (B, N)
-        else:
-            values = student.patch_attention[index]
         return Scores(values if self.order == "top" else -values, student.grid)
 
 
@@ -175,6 +177,7 @@ class ExternalSaliency(MaskStrategy):
         model: a timm ViT, or the name of one for ``timm.create_model``.
         weights: with a name, the file of its weights (.safetensors or .pth without code).
         kwargs: with a name, further arguments of ``timm.create_model``, such as ``num_classes: 0`` or ``img_size``.
+        include_prefix: the authors' variant of the saliency; that of `fastmkd.MaskedKD` is for the student's.
 
     Raises:
         ValueError: no weights for a named model, or a model without a CLS token.
@@ -188,7 +191,11 @@ class ExternalSaliency(MaskStrategy):
     """
 
     def __init__(
-        self, model: str | nn.Module, weights: str | None = None, kwargs: Mapping[str, Any] | None = None
+        self,
+        model: str | nn.Module,
+        weights: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        include_prefix: bool = False,
     ) -> None:
         if isinstance(model, str):
             if weights is None:
@@ -201,6 +208,7 @@ class ExternalSaliency(MaskStrategy):
         self.vit = model if isinstance(model, MaskedViT) else MaskedViT(model)
         if self.vit.num_prefix_tokens < 1:
             raise ValueError("model has no CLS token, whose attention is the saliency; choose another.")
+        self.include_prefix = include_prefix
 
     def scores(self, images: Tensor, student: View | None, grid: tuple[int, int]) -> Scores:
         """Runs the model on the images.
@@ -214,7 +222,7 @@ class ExternalSaliency(MaskStrategy):
         weight = next(vit.parameters())
         if weight.device != images.device:
             vit.to(images.device)
-        _, saliency = vit(images, return_saliency=True)
+        _, saliency = vit(images.to(weight.dtype), return_saliency=True, include_prefix=self.include_prefix)
         return Scores(saliency, vit.patch_grid((images.shape[-2], images.shape[-1])))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..nn.ragged import RaggedKeep
 from ..nn.vit import MaskedViT
+from ..ops.autocast import no_autocast
 from .lanes import A
 
 __all__ = ["CompileMode", "TeacherCall"]
@@ -76,9 +77,10 @@ class TeacherCall(Generic[A]):
         images = images.to(device=device, dtype=weight.dtype, non_blocking=not wait)
         rest = tuple(x.to(device, non_blocking=not wait) if isinstance(x, Tensor | RaggedKeep) else x for x in rest)
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if self.dtype is not None:
-            lowered = self.dtype != torch.float32
-            autocast = torch.autocast(device.type, self.dtype if lowered else None, enabled=lowered)
+        if self.dtype == torch.float32:
+            autocast = no_autocast(device)
+        elif self.dtype is not None and device.type != "meta":
+            autocast = torch.autocast(device.type, self.dtype)
         with autocast, _guarded_hooks() if self.compile else contextlib.nullcontext():
             answer = self._observer(device)(teacher, images, *rest)
         # CUDA graphs write every answer to the same place.

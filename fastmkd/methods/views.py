@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..nn.ragged import RaggedKeep
 from ..nn.vit import MaskedViT
-from ..nn.vit_attention import cls_attention_logits, patch_attention
+from ..nn.vit_attention import cls_attention_logits, layer_saliency, patch_attention
 from .base import split_heads
 
 __all__ = ["Needs", "View", "blocks_of", "classifier_of", "join", "observe", "on_common_patches"]
@@ -34,10 +34,12 @@ class Needs:
         patch_attention: blocks whose mean patch-to-patch attention is wanted.
         saliency: the CLS saliency of the last block (MaskedKD, Eq. 2).
         features: the input of the classifier.
+        layer_saliency: blocks whose CLS saliency is wanted, for blocks before the last.
 
     Example:
-        >>> Needs(saliency=True) | Needs(blocks=frozenset({3}))
-        Needs(blocks=frozenset({3}), attention=frozenset(), patch_attention=frozenset(), saliency=True, features=False)
+        >>> both = Needs(saliency=True) | Needs(blocks=frozenset({3}))
+        >>> both.blocks, both.saliency, both.features
+        (frozenset({3}), True, False)
     """
 
     blocks: frozenset[int] = frozenset()
@@ -45,6 +47,7 @@ class Needs:
     patch_attention: frozenset[int] = frozenset()
     saliency: bool = False
     features: bool = False
+    layer_saliency: frozenset[int] = frozenset()
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -53,6 +56,7 @@ class Needs:
             self.patch_attention | other.patch_attention,
             self.saliency or other.saliency,
             self.features or other.features,
+            self.layer_saliency | other.layer_saliency,
         )
 
 
@@ -71,6 +75,7 @@ class View:
         blocks: output of a block for the patches, ``(B, n, D)``, by the block's index.
         attention: CLS attention before the softmax, ``(B, H, n)``, by the block's index.
         patch_attention: mean patch-to-patch attention ``(B, n)``, by the block's index.
+        layer_saliency: CLS saliency ``(B, n)`` of blocks before the last, by the block's index.
     """
 
     heads: tuple[Tensor, ...]
@@ -83,6 +88,7 @@ class View:
     blocks: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
     patch_attention: dict[int, Tensor] = field(default_factory=dict)
+    layer_saliency: dict[int, Tensor] = field(default_factory=dict)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> View:
         """Applies a function to every tensor that a loss may read.
@@ -102,6 +108,7 @@ class View:
             of(self.blocks),
             of(self.attention),
             of(self.patch_attention),
+            of(self.layer_saliency),
         )
 
     def is_finite(self) -> Tensor:
@@ -154,7 +161,7 @@ def observe(
         images: ``(B, C, H, W)``.
         keep: ``(B, k)`` patches it gets to see, or a `RaggedKeep` if only its logits are needed; None for all.
         needs: what to record.
-        include_prefix: the authors' variant of the saliency.
+        include_prefix: the authors' variant of the saliency, of the patches' attention too.
 
     Example:
         >>> import timm
@@ -165,7 +172,7 @@ def observe(
     """
     grid = vit.patch_grid((images.shape[-2], images.shape[-1]))
     patches = keep.shape[1] if isinstance(keep, Tensor) else math.prod(grid)
-    recorder = _Recorder(vit, needs, patches)
+    recorder = _Recorder(vit, needs, patches, include_prefix)
     with recorder.hooks():
         if needs.saliency:
             output, saliency = vit(images, keep, return_saliency=True, include_prefix=include_prefix)
@@ -176,17 +183,18 @@ def observe(
     recorder.finish()
     return View(
         heads, mean, grid, len(blocks_of(vit)), keep, saliency, recorder.features,
-        recorder.blocks, recorder.attention, recorder.patch_attention,
+        recorder.blocks, recorder.attention, recorder.patch_attention, recorder.layer_saliency,
     )  # fmt: skip
 
 
 class _Recorder:
-    def __init__(self, vit: MaskedViT, needs: Needs, patches: int) -> None:
-        self.vit, self.needs, self.patches = vit, needs, patches
+    def __init__(self, vit: MaskedViT, needs: Needs, patches: int, include_prefix: bool) -> None:
+        self.vit, self.needs, self.patches, self.include_prefix = vit, needs, patches, include_prefix
         self.features: Tensor | None = None
         self.blocks: dict[int, Tensor] = {}
         self.attention: dict[int, Tensor] = {}
         self.patch_attention: dict[int, Tensor] = {}
+        self.layer_saliency: dict[int, Tensor] = {}
         self._qkv: dict[int, Tensor] = {}
 
     @contextlib.contextmanager
@@ -195,7 +203,7 @@ class _Recorder:
         with contextlib.ExitStack() as stack:
             for i in self.needs.blocks:
                 stack.callback(blocks[i].register_forward_hook(self._read_block(i)).remove)
-            for i in self.needs.attention | self.needs.patch_attention:
+            for i in self.needs.attention | self.needs.patch_attention | self.needs.layer_saliency:
                 stack.callback(blocks[i].attn.qkv.register_forward_hook(self._read_qkv(i)).remove)
             if self.needs.features:
                 classifier = classifier_of(self.vit)[0]
@@ -228,9 +236,12 @@ class _Recorder:
         for i, qkv in self._qkv.items():
             if i in self.needs.attention:
                 self.attention[i] = cls_attention_logits(blocks[i].attn, qkv, self.patches)
-            if i in self.needs.patch_attention:
-                with torch.no_grad():
-                    self.patch_attention[i] = patch_attention(blocks[i].attn, qkv, self.patches)
+            seen = (blocks[i].attn, qkv, self.patches, self.include_prefix)
+            with torch.no_grad():  # these choose patches, and no gradient flows through a choice
+                if i in self.needs.patch_attention:
+                    self.patch_attention[i] = patch_attention(*seen)
+                if i in self.needs.layer_saliency:
+                    self.layer_saliency[i] = layer_saliency(*seen)
         self._qkv.clear()
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.autocast import autocast_dtype
 from ..ops.masked_conv2d import masked_conv2d
 from .crossings import goes_dense
 from .dense_way import dense_convolve
@@ -224,10 +225,9 @@ def _pointwise(values: Tensor, weight: Tensor, bias: Tensor | None, groups: int)
 
 
 def _as_autocast(values: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    device = values.device.type
-    if not torch.is_autocast_enabled(device) or values.dtype == torch.float64:
+    dtype = autocast_dtype(values.device)
+    if dtype is None or values.dtype == torch.float64:
         return values, weight, bias
-    dtype = torch.get_autocast_dtype(device)
     return values.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.autocast import no_autocast
 from .attention import attend
 from .embed import check_images, embed_all
 from .heads import rows_for_head
@@ -177,7 +178,7 @@ def merge_tokens(x: Tensor, sizes: Tensor, keys: Tensor, r: int, prefix: int) ->
     r = min(r, (x.shape[1] - prefix) // 2)
     if r <= 0:
         return x, sizes
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         unit = F.normalize(keys[:, prefix:].to(sizes.dtype), dim=-1)
         alike, partner = (unit[:, 1::2] @ unit[:, ::2].mT).max(-1)  # (B, n // 2) each
         order = alike.argsort(dim=1, descending=True, stable=True)

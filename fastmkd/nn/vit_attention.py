@@ -12,7 +12,9 @@ import torch
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-__all__ = ["cls_attention_logits", "patch_attention", "why_attention_unreadable"]
+from ..ops.autocast import no_autocast
+
+__all__ = ["cls_attention_logits", "layer_saliency", "patch_attention", "why_attention_unreadable"]
 
 
 def why_attention_unreadable(block: Any) -> str | None:
@@ -59,7 +61,31 @@ def cls_attention_logits(attn: Any, qkv: Tensor, num_patches: int) -> Tensor:
     return _logits(attn, attn.q_norm(q[:, :, :1]), attn.k_norm(k[:, :, -num_patches:]))[:, :, 0]
 
 
-def patch_attention(attn: Any, qkv: Tensor, num_patches: int) -> Tensor:
+def layer_saliency(attn: Any, qkv: Tensor, num_patches: int, include_prefix: bool = False) -> Tensor:
+    r"""Returns the saliency of any layer: how much its class token attends to each patch (MaskedKD, Eq. 2).
+
+    .. math:: S_i = \sum_h \mathrm{softmax}_i (q_{h,cls} \cdot k_{h,i} / \sqrt{d})
+
+    Args:
+        attn: as in `cls_attention_logits`.
+        qkv: as in `cls_attention_logits`.
+        num_patches: n.
+        include_prefix: the authors' variant: softmax over all tokens, mean over heads.
+
+    Returns:
+        ``(B, n)`` float32 (float64 for float64 input).
+
+    Example:
+        >>> attn = Attention(8, num_heads=2)
+        >>> layer_saliency(attn, torch.zeros(1, 5, 24), 4), layer_saliency(attn, torch.zeros(1, 5, 24), 4, True)
+        (tensor([[0.5000, 0.5000, 0.5000, 0.5000]]), tensor([[0.2000, 0.2000, 0.2000, 0.2000]]))
+    """
+    keys = qkv.shape[1] if include_prefix else num_patches
+    logits = cls_attention_logits(attn, qkv, keys)
+    return _over_heads(logits.softmax(-1)[:, :, -num_patches:], include_prefix)
+
+
+def patch_attention(attn: Any, qkv: Tensor, num_patches: int, include_prefix: bool = False) -> Tensor:
     r"""Returns how much the patches attend to each patch, on average (MaskedKD, Table 3 a, "patch-patch").
 
     .. math:: S_j = \sum_h \frac{1}{n} \sum_i \mathrm{softmax}_j (q_{h,i} \cdot k_{h,j} / \sqrt{d})
@@ -70,6 +96,7 @@ def patch_attention(attn: Any, qkv: Tensor, num_patches: int) -> Tensor:
         attn: as in `cls_attention_logits`.
         qkv: as in `cls_attention_logits`.
         num_patches: n.
+        include_prefix: as in `layer_saliency`.
 
     Returns:
         ``(B, n)`` float32 (float64 for float64 input).
@@ -80,8 +107,13 @@ def patch_attention(attn: Any, qkv: Tensor, num_patches: int) -> Tensor:
         tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     q, k = _queries_and_keys(attn, qkv)
-    logits = _logits(attn, attn.q_norm(q[:, :, -num_patches:]), attn.k_norm(k[:, :, -num_patches:]))
-    return logits.softmax(-1).mean(2).sum(1)
+    k = k if include_prefix else k[:, :, -num_patches:]
+    logits = _logits(attn, attn.q_norm(q[:, :, -num_patches:]), attn.k_norm(k))
+    return _over_heads(logits.softmax(-1)[:, :, :, -num_patches:].mean(2), include_prefix)
+
+
+def _over_heads(attention: Tensor, include_prefix: bool) -> Tensor:
+    return attention.mean(1) if include_prefix else attention.sum(1)
 
 
 def _queries_and_keys(attn: Any, qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,5 +125,5 @@ def _logits(attn: Any, q: Tensor, k: Tensor) -> Tensor:
     # timm's fused path leaves the scale to PyTorch and ignores attn.scale.
     scale = attn.head_dim**-0.5 if getattr(attn, "fused_attn", True) else float(attn.scale)
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         return q.to(wide) @ k.to(wide).mT * scale

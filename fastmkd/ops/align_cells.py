@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import native, triton
 from .align_cells_grad import align_cells_grad
+from .autocast import autocast_dtype
 from .cells import CellInputs, cells, check_cells, check_like, level_samples
 from .registry import Backend, BadInput, Cost, Sample, declare
 
@@ -69,9 +70,9 @@ def align_cells(
         >>> align_cells(level, weight, None, torch.tensor([[0.1], [0.2]]), 2, visible, mask_token).flatten()
         tensor([10.1000, -0.8000])
     """
-    dtype, device = level.dtype, level.device.type  # "meta" has no autocast to ask for
-    if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype, lower = level.dtype, autocast_dtype(level.device)
+    if dtype != torch.float64 and lower is not None:
+        dtype = lower
         level, weight = level.to(dtype), weight.to(dtype)
     if not level.is_contiguous(memory_format=torch.channels_last):
         level = level.contiguous()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import native, triton
+from .autocast import no_autocast
 from .registry import Backend, BadInput, Cost, Sample, declare
 
 __all__ = ["packed_attention"]
@@ -112,7 +113,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _gradient(qkv: Tensor, starts: Tensor, grad: Tensor, scale: float) -> Tensor:
     images = _images(starts)
     out = torch.empty_like(qkv)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with no_autocast(qkv.device):
         if len(qkv) and len({rows.stop - rows.start for rows in images}) == 1:
             out[:] = _image_gradients(qkv, grad, len(images), scale)
         else:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native, triton
+from .autocast import autocast_dtype
 from .registry import Backend, BadInput, Cost, Sample, declare
 from .row_numbers import check_patch_numbers
 
@@ -63,9 +64,8 @@ def patch_embed(
         tensor([[[10.],
                  [50.]]])
     """
-    device = images.device.type  # "meta" has no autocast to ask for
-    if images.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(images.device)
+    if images.dtype != torch.float64 and dtype is not None:
         images, weight = images.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     sh, sw = (weight.shape[2], weight.shape[3]) if stride is None else stride

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import choice, ranges
 from .arguments import lead
+from .autocast import no_autocast
 
 __all__ = ["OPS", "Backend", "BadInput", "Cost", "Op", "Sample", "declare", "get_op", "require"]
 
@@ -117,7 +118,7 @@ class Op:
             for condition, sentence in self.check_values(*args):
                 require(condition, sentence)
         # The caller has settled the dtypes; autocast would lower them again inside the reference.
-        with torch.autocast(lead(args).device.type, enabled=False), ranges.annotate(self.name):
+        with no_autocast(lead(args).device), ranges.annotate(self.name):
             return choice.choose(self, args).run(*args)
 
 

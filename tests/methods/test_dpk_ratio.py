@@ -57,7 +57,8 @@ def test_fewer_than_four_images_join_the_last_ones():
     assert rule(x[:3], y[:3], 0) == 1
     torch.testing.assert_close(rule(x[3:6], y[3:6], 0), gap(x[:6], y[:6]))
     torch.testing.assert_close(rule(x[6:9], y[6:9], 0), gap(x[3:9], y[3:9]))
-    assert rule(x[:3, :, :2], y[:3, :, :2], 0) == 1  # other maps cannot be joined
+    kept = rule.last.clone()
+    assert torch.equal(rule(x[:3, :, :2], y[:3, :, :2], 0), kept)  # other maps cannot be joined
 
 
 def test_ragged_last_batch_keeps_the_last_share():
@@ -69,6 +70,27 @@ def test_ragged_last_batch_keeps_the_last_share():
     second = rule(x[16:], y[16:], 0)
     torch.testing.assert_close(second, gap(x[16:], y[16:]))
     assert second != first
+
+
+def test_a_run_that_goes_on_with_smaller_batches_is_measured_again():
+    x, y = maps(24)
+    rule, resumed = CkaGap().train(), CkaGap().train()
+    rule(x[:4], y[:4], 0)
+    first = rule(x[:12], y[:12], 0)
+    resumed.load_state_dict(rule.state_dict())
+    for one in (rule, resumed):
+        assert torch.equal(one(x[12:18], y[12:18], 0), first)
+        torch.testing.assert_close(one(x[18:], y[18:], 0), gap(x[18:], y[18:]))
+        torch.testing.assert_close(one(x[6:12], y[6:12], 0), gap(x[6:12], y[6:12]))
+
+
+def test_a_run_that_goes_on_with_fewer_than_four_images_keeps_the_share_until_there_are_four():
+    rule = CkaGap().train()
+    x, y = maps(12)
+    first = rule(x[:8], y[:8], 0)
+    for i in range(8, 11):
+        assert torch.equal(rule(x[i : i + 1], y[i : i + 1], 0), first)
+    torch.testing.assert_close(rule(x[11:], y[11:], 0), gap(x[8:], y[8:]))
 
 
 def test_eval_mode_remembers_nothing():

@@ -101,3 +101,4 @@ def test_batch_norm_is_refused_where_it_means_nothing():
     student.head = torch.nn.Linear(student.num_features, 3, bias=False)
     with pytest.raises(ValueError, match="batch_norm needs a linear classifier with a bias"):
         Supervised(student, linear_probe=True, batch_norm=True)
+    assert all(p.requires_grad for p in student.parameters())

@@ -54,6 +54,20 @@ def test_student_attention(strategy, layer, queries, sign):
     assert torch.equal(seen_by_teacher(method, images), best(sign * scores, 8))
 
 
+@pytest.mark.parametrize("include_prefix", [False, True])
+@pytest.mark.parametrize("queries", ["cls", "patch"])
+@pytest.mark.parametrize("layer", ["first", 1, "middle", "last", -1, 3])
+def test_the_authors_variant_in_every_layer(layer, queries, include_prefix):
+    student, images = tiny(0, depth=4, reg_tokens=3).eval(), pictures()
+    method = MaskedKD(student, tiny(1), strategy=Saliency(layer, queries), include_prefix=include_prefix)
+    logits = full_attention(student, images, {"first": 0, "middle": 1, "last": 3, -1: 3}.get(layer, layer))
+    rows = logits[:, :, :1] if queries == "cls" else logits[:, :, 4:]
+    shares = rows.softmax(-1)[..., 4:] if include_prefix else rows[..., 4:].softmax(-1)
+    expected = (shares.mean(1) if include_prefix else shares.sum(1)).mean(1)
+    torch.testing.assert_close(method.patch_scores(images).values.double(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(seen_by_teacher(method, images), best(expected, 8))
+
+
 def test_bottom_is_what_top_leaves():
     student, images = tiny(0).eval(), pictures()
     top = seen_by_teacher(MaskedKD(student, tiny(1), 0.5), images)
@@ -86,6 +100,23 @@ def test_external_model_on_another_grid():
     method(images, TARGETS).loss.backward()
     assert all(p.grad is None for p in other.parameters())
     assert list(method.state_dict()) == ["student." + key for key in student.state_dict()]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_external_model_of_another_precision(dtypes):
+    of_student, of_model = dtypes
+    other, images = tiny(2).to(of_model), pictures().to(of_student)
+    method = MaskedKD(tiny(0).to(of_student), tiny(1).to(of_student), strategy=ExternalSaliency(other))
+    expected = MaskedViT(other)(images.to(of_model), return_saliency=True)[1]
+    torch.testing.assert_close(method.patch_scores(images).values, expected)
+    assert method(images, TARGETS).loss.isfinite()
+    assert next(other.parameters()).dtype == of_model
+
+
+def test_external_model_in_the_authors_variant():
+    other, images = tiny(2), pictures()
+    scores = ExternalSaliency(other, include_prefix=True).scores(images, None, (4, 4)).values
+    torch.testing.assert_close(scores.double(), masked_vit_saliency(other, images, include_prefix=True))
 
 
 def test_external_model_by_name(tmp_path):

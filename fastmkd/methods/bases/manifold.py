@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...nn.vit import MaskedViT
+from ...ops.autocast import no_autocast
 from ..losses import logit_kd
 from ..views import Needs, View, blocks_of, on_common_patches
 from .base import BaseDistillation, BaseLoss
@@ -139,7 +140,7 @@ def manifold_loss(student: Tensor, teacher: Tensor, samples: int = 192) -> tuple
             "(B, n, D) with the same B and n."
         )
     wide = torch.promote_types(student.dtype, torch.float32)
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student.device):
         s = F.normalize(student.to(wide), dim=-1)
         t = F.normalize(teacher.detach().to(wide), dim=-1)
         drawn = torch.randperm(s.shape[0] * s.shape[1], device=s.device)[:samples]

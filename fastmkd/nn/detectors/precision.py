@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+from ...ops.autocast import autocast_dtype
+
 __all__ = ["Anchors", "keep_boxes_wide", "widen"]
 
 # What says how far a box is from its anchor, in torchvision's detectors of one and of two stages.
@@ -83,6 +85,6 @@ def _match_maps(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | 
     """Boxes in the dtype of the maps that are read there, for networks that are in float16 without autocast."""
     maps, boxes, sizes = args
     level = next(iter(maps.values()))
-    if torch.is_autocast_enabled(level.device.type):  # which reads them in float32
+    if autocast_dtype(level.device) is not None:  # which reads them in float32
         return None
     return maps, [corners.to(level.dtype) for corners in boxes], sizes

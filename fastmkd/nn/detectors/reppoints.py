@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import DeformConv2d, batched_nms, box_iou, clip_boxes_to_image, sigmoid_focal_loss
 
+from ...ops.autocast import no_autocast
 from ..box_checks import check_boxes
 from .precision import widen
 from .reppoints_targets import BASE, IGNORED, assign_by_centre, assign_by_overlap, boxes_from_points, centres
@@ -268,7 +269,7 @@ class RepPoints(nn.Module):
 def _sample(layer: DeformConv2d, x: Tensor, where: Tensor) -> Tensor:
     """A deformable convolution in the dtype of its weights; on CPUs torchvision has none for autocast's bfloat16."""
     dtype = layer.weight.dtype
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         sampled: Tensor = layer(x.to(dtype), where.to(dtype))
     return sampled
 
