@@ -39,7 +39,7 @@ RESIZE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # the resize is de
 @triton.jit
 def _taps(dst, ratio, size):
     """Lower and upper source index of the positions `dst` along one axis, and the weight of the upper one."""
-    # The maximum first, which changes no bit: for sm_100 a product just before a sum becomes one operation all the same.
+    # The maximum first, which changes no bit: sm_100 would round a product and the sum that follows it as one.
     src = tl.maximum((dst.to(tl.float32) + 0.5) * ratio, 0.5) - 0.5
     low = tl.minimum(src.to(tl.int32), size - 1)  # src >= 0: truncation is floor
     high = tl.minimum(low + 1, size - 1)

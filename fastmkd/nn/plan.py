@@ -293,9 +293,10 @@ class MaskPlan:
             pattern = self._table(cell, window, transposed)[1]
             with _lasting():
                 # The C++ kernels go through rows in memory order and never look at this: nothing is sorted on a CPU.
-                on_cpu = pattern.device.type == "cpu"
-                memory_order = {"dtype": torch.int32, "device": pattern.device}
-                self._orders[key] = torch.arange(len(pattern), **memory_order) if on_cpu else group_rows(pattern)
+                if pattern.device.type == "cpu":
+                    self._orders[key] = torch.arange(pattern.shape[0], dtype=torch.int32, device=pattern.device)
+                else:
+                    self._orders[key] = group_rows(pattern)
         return self._orders[key]
 
 
