@@ -1,10 +1,10 @@
 """An MKD training step, RetinaNet with ResNet-50 from ResNet-101: its masked backbone, and the whole step.
 
 The baseline, "multiplied", is what one writes without the library: the map times the mask before each layer that looks
-beyond one pixel, ordinary batch norm, every module of the decoders by itself, maps for both losses. The "dense twin" has
-the library's batch statistics, over visible positions, in plain PyTorch, which costs it time; it is what results are
-judged by. "plain, unmasked" is the step whose student sees everything. Teacher, pyramid, heads and optimizer are the same
-in all, and the teacher runs no more than its backbone and pyramid in any.
+beyond one pixel, ordinary batch norm, every module of the decoders by itself, maps for both losses. The "dense twin"
+takes batch statistics over visible positions, as the library does, in plain PyTorch, which costs it time; it is what
+results are judged by. "plain, unmasked" is the step whose student sees everything. Teacher, pyramid, heads and optimizer
+are the same in all, and the teacher runs no more than its backbone and pyramid in any.
 """
 
 from __future__ import annotations
@@ -137,7 +137,14 @@ def mkd_step(setting: Setting, kind: str, percent: int) -> Case:
 
 
 def step_case(
-    setting: Setting, student: Any, teacher: Any, kind: str, percent: int, images: list[Tensor], targets: Targets
+    setting: Setting,
+    student: Any,
+    teacher: Any,
+    kind: str,
+    percent: int,
+    images: list[Tensor],
+    targets: Targets,
+    **options: Any,
 ) -> Case:
     """The case of one kind for a pair of detectors.
 
@@ -149,12 +156,13 @@ def step_case(
         percent: share of the cells that is hidden.
         images: ``(3, H, W)`` each, of one size that cells tile.
         targets: as torchvision has them.
+        options: of `MKD`.
     """
     batch, grid = len(images), tuple(side // CELL for side in images[0].shape[1:])
     draw = lambda: torch.Generator().manual_seed(4)  # noqa: E731
     visible = random_mask(batch, grid, percent / 100, generator=draw()).to(setting.device)  # type: ignore[arg-type]
     build = _backbone if kind == KINDS[0] else _whole
-    variants = build(setting, student, teacher, images, targets, visible, percent / 100, draw)
+    variants = build(setting, student, teacher, images, targets, visible, percent / 100, draw, **options)
     return Case(
         label=f"{percent} % hidden",
         panel=f"{kind}, RetinaNet R50 from R101, batch {batch}",
@@ -167,7 +175,14 @@ def step_case(
 
 
 def _backbone(
-    setting: Setting, student: Any, _teacher: Any, images: list[Tensor], _targets: Targets, visible: Tensor, *_: Any
+    setting: Setting,
+    student: Any,
+    _teacher: Any,
+    images: list[Tensor],
+    _targets: Targets,
+    visible: Tensor,
+    *_: Any,
+    **__: Any,
 ) -> list[Variant]:
     """Body alone, from a batch tensor to the sum of its squared maps."""
     whole = torch.stack(images).to(memory_format=torch.channels_last)
@@ -197,9 +212,10 @@ def _whole(
     visible: Tensor,
     ratio: float,
     draw: Callable[[], torch.Generator],
+    **options: Any,
 ) -> list[Variant]:
     """Everything from the images to new weights."""
-    method = MKD(copy.deepcopy(student), teacher, mask_ratio=ratio, image_size=images[0].shape[1])
+    method = MKD(copy.deepcopy(student), teacher, mask_ratio=ratio, image_size=images[0].shape[1], **options)
     heads = copy.deepcopy(method.heads)
 
     def eager(way: str, wide: torch.dtype = torch.float32) -> Work:
@@ -218,7 +234,7 @@ def _whole(
 
 
 def _variants(setting: Setting, eager: Callable[..., Work], ours: Work) -> list[Variant]:
-    """Steps of all ways; the twin's and ours must agree on the loss and some gradients, the others are other networks."""
+    """Steps of all ways; the twin's and ours must agree on the loss and some gradients."""
 
     def exact() -> list[Tensor]:
         network, loss = eager("dense twin", exact_dtype(setting))
