@@ -76,7 +76,8 @@ def _dmae() -> Ways:
     """Forward and backward of a pre-training step, against the public code's way on the same networks."""
     torch.manual_seed(0)
     images = torch.randn(2, 3, 224, 224)
-    student, teacher = (timm.create_model(f"vit_{size}_patch16_224", depth=4) for size in ("tiny", "small"))
+    pair: list[Any] = [timm.create_model(f"vit_{size}_patch16_224", depth=4) for size in ("tiny", "small")]
+    student, teacher = pair
     width, depth = 128, 2  # of the decoder
     keep, hidden = dmae_step._hide(75, len(images), _HERE)
 
@@ -97,7 +98,7 @@ def _mkd() -> Ways:
     """A whole step of a small detector, against the map times the mask before each layer."""
     side = 128
     student, teacher = mkd_step.networks(_HERE, ("resnet50", "resnet18"), out_channels=32, image_size=(side, side))
-    decoder = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 4}
+    decoder: dict[str, Any] = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 4}
     scenes = mkd_step.scenes(1, side, _HERE)
     return _of(mkd_step.step_case(_HERE, student, teacher, mkd_step.KINDS[1], 30, *scenes, **decoder))
 

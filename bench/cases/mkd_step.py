@@ -3,8 +3,8 @@
 The baseline, "multiplied", is what one writes without the library: the map times the mask before each layer that looks
 beyond one pixel, ordinary batch norm, every module of the decoders by itself, maps for both losses. The "dense twin"
 takes batch statistics over visible positions, as the library does, in plain PyTorch, which costs it time; it is what
-results are judged by. "plain, unmasked" is the step whose student sees everything. Teacher, pyramid, heads and optimizer
-are the same in all, and the teacher runs no more than its backbone and pyramid in any.
+results are judged by. "plain, unmasked" is the step whose student sees everything. Teacher, pyramid, heads and
+optimizer are the same in all, and the teacher runs no more than its backbone and pyramid in any.
 """
 
 from __future__ import annotations
