@@ -219,6 +219,7 @@ def _whole(
     heads = copy.deepcopy(method.heads)
 
     def eager(way: str, wide: torch.dtype = torch.float32) -> Work:
+        own: Any
         own, other, parts = (copy.deepcopy(net).to(wide) for net in (student, teacher, heads))
         pictures = [image.to(wide) for image in images]
         boxes = [{**target, "boxes": target["boxes"].to(wide)} for target in targets]

@@ -78,13 +78,15 @@ class Target:
             return None
         variants = {v["name"]: v for v in record["variants"] if v.get("check", {"ok": True})["ok"]}
         own, other = variants.get(self.variant), variants.get(self.against or record["baseline"])
-        if own is None or (other is None and not (self.of_bound and not self.against)):
+        if own is not None and self.of_bound and not self.against:
+            return _of_bound(own, None)
+        if own is None or other is None:
             return None
         if self.of_bound:
-            return _of_bound(own, other if self.against else None)
-        if "ratio" not in own or "ratio" not in other:  # type: ignore[operator]
+            return _of_bound(own, other)
+        if "ratio" not in own or "ratio" not in other:
             return None
-        return _of_times(own, other, other["name"] == record["baseline"])  # type: ignore[arg-type,index]
+        return _of_times(own, other, other["name"] == record["baseline"])
 
     def words(self, measured: Measured) -> str:
         """The ratio and its quartiles as a reader wants them, the smaller quartile first.
@@ -136,8 +138,8 @@ def _of_bound(own: dict[str, Any], other: dict[str, Any] | None) -> Measured | N
         return None
     share, seconds = own["bound"]["share"], own["seconds"]
     if other is None:
-        quartiles = tuple(share * seconds["median"] / seconds[end] for end in ("high", "low"))
-        return Measured(share, quartiles, own["rounds"])  # type: ignore[arg-type]
+        least = share * seconds["median"]
+        return Measured(share, (least / seconds["high"], least / seconds["low"]), own["rounds"])
     share /= other["bound"]["share"]
     if "times" not in own or "times" not in other:
         return Measured(share, None, own["rounds"])
