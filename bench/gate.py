@@ -93,7 +93,7 @@ def measure_work(headline: Headline) -> float:
         headline: what to count.
     """
     found = headline.build()
-    with torch.set_grad_enabled(headline.training):
+    with _one_thread(headline):
         return operations(found["plain"]) / operations(found["fastmkd"])
 
 
