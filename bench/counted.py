@@ -1,7 +1,8 @@
-"""Counts the floating-point operations that a call really runs, those of fastmkd's ops included.
+"""Counts floating-point operations by what PyTorch is asked to do: what is called, and on how much.
 
-Instruction counters are missing on most virtual machines that run tests; operations are counted anywhere, and the
-count is the same on a loaded machine as on a quiet one.
+The count is the same on a loaded machine as on a quiet one. For PyTorch's functions it is what they really do; for an
+op of fastmkd it is the op's declared cost, so a kernel that wastes work counts as one that does not. What a kernel
+really does, only its instructions (`fastmkd.bench.instructions`) and its time show.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastmkd import _native_loader
 from fastmkd.ops import OPS
 
 __all__ = ["operations"]
@@ -19,8 +22,6 @@ __all__ = ["operations"]
 
 def operations(run: Callable[[], Any]) -> int:
     """Returns the floating-point operations of one call: matrix products, convolutions, attention, fastmkd's ops.
-
-    Gradients are on while it runs, so that no fused path hides its products from the counter.
 
     Args:
         run: what to count.
@@ -30,16 +31,31 @@ def operations(run: Callable[[], Any]) -> int:
         >>> operations(lambda: x @ x.T)  # 2 x 2 sums of 3 products
         24
     """
-    formulas = {op.entry.overloadpacket: _formula(op) for op in OPS.values()}
+    formulas: dict[Any, Callable[..., int]] = {}
+    _native_loader.load()  # else its operators have no names yet
+    for op in OPS.values():
+        formulas[op.entry.overloadpacket] = _formula(op)
+        # Without gradients a masked ViT calls the compiled attention itself, without the op around it.
+        compiled = getattr(torch.ops.fastmkd_native, op.name, None)
+        if compiled is not None:
+            formulas[compiled] = _formula(op)
+    formulas[torch.ops.aten.addmm_] = _raw(lambda _x, a, b, **_: 2 * a.numel() * b.shape[1])
+    fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    if fused is not None:
+        formulas[fused] = _raw(lambda x, weight, *_, **__: 2 * x.numel() * weight.shape[0])
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with torch.enable_grad(), counter:
+    with counter:
         run()
     return int(counter.get_total_flops())
 
 
 def _formula(op: Any) -> Callable[..., int]:
-    def count(*args: Any, out_val: Any = None, **rest: Any) -> int:
-        return int(op.cost(*args).flops)
+    return _raw(lambda *args, **_: op.cost(*args).flops)
+
+
+def _raw(flops: Callable[..., float]) -> Callable[..., int]:
+    def count(*args: Any, out_val: Tensor | None = None, **rest: Any) -> int:
+        return int(flops(*args, **rest))
 
     count._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes: the cost of a mask is in its data
     return count

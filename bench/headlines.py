@@ -18,7 +18,8 @@ __all__ = ["main", "table"]
 
 
 def _headline(what: str, against: str, benchmark: str, panel: str, label: str, baseline: str = "") -> Target:
-    return Target(f"{what} | {against}", benchmark, "fp32", panel, label, "fastmkd", 1.0, against=baseline)
+    place = (benchmark, "fp32", panel, label)
+    return Target(f"{what} | {against}", *place, "fastmkd", 1.0, "{:.2f}".format, against=baseline)
 
 
 HEADLINES = (
@@ -43,6 +44,7 @@ HEADLINES = (
         "mkd_step",
         "training step",
         "30 % hidden",
+        "multiplied",
     ),
     _headline(
         "DPK step, ResNet-18 from ResNet-34", "eager PyTorch", "dpk_step", "ResNet-18 from ResNet-34", "224 pixels"
@@ -68,14 +70,21 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         >>> table([])
         ''
     """
-    rows = ["| what, in float32 | against | on | times as fast |", "| --- | --- | --- | --- |"]
+    if not records:
+        return ""
+    rows = [
+        "| what, in float32 | against | on | times as fast (quartiles) | rounds |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for headline in HEADLINES:
-        for record in records:
-            ratio = headline.ratio(record)
-            if ratio is not None:
-                where = f"{record['env']['threads']} threads of {record['env']['device']}"
-                rows.append(f"| {headline.sentence} | {where} | {ratio:.2f} |")
-    return "\n".join(rows) if len(rows) > 2 else ""
+        known = [(record, headline.measured(record)) for record in records]
+        found = [(record["env"], measured) for record, measured in known if measured is not None]
+        for env, measured in found:
+            where = f"{env['threads']} threads of {env['device']}"
+            rows.append(f"| {headline.sentence} | {where} | {headline.words(measured)} | {measured.rounds} |")
+        if not found:
+            rows.append(f"| {headline.sentence} | - | no record yet | - |")
+    return "\n".join(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

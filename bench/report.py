@@ -160,16 +160,14 @@ def _sentence(about: dict[str, Any]) -> str:
 
 
 def _targets(records: list[Record]) -> str:
-    rows = ["| asked | device | measured | |", "| --- | --- | --- | --- |"]
+    rows = ["| asked | device | measured (quartiles) | rounds | |", "| --- | --- | --- | --- | --- |"]
     for target in TARGETS:
         for record in records:
-            ratio = target.ratio(record)
-            if ratio is not None:
-                reached = "reached" if ratio >= target.least else "**not reached**"
-                quick = " (quick run)" if record["quick"] else ""
-                rows.append(
-                    f"| {target.sentence} | {record['env']['device']} | {target.show(ratio)}{quick} | {reached} |"
-                )
+            measured = target.measured(record)
+            if measured is not None:
+                found = target.words(measured) + (", quick run" if record["quick"] else "")
+                where, rounds = record["env"]["device"], measured.rounds or "-"
+                rows.append(f"| {target.sentence} | {where} | {found} | {rounds} | {target.verdict(measured)} |")
     return "\n".join(rows) if len(rows) > 2 else ""
 
 

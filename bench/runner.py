@@ -97,6 +97,7 @@ def _time(
         entry, taken = entries[variant.name], Spread.of(times[variant.name])
         entry["seconds"] = asdict(taken)
         entry["rounds"] = len(times[variant.name])
+        entry["times"] = times[variant.name]  # round by round, so that any two variants can be compared inside rounds
         if case.items:
             entry["items_per_second"] = case.items / taken.median
         least = bound(variant.answer.flops, variant.answer.bytes, setting.device, setting.torch_dtype)

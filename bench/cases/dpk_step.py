@@ -112,7 +112,17 @@ def _grid(setting: Setting) -> list[dict[str, Any]]:
 )
 def dpk_step(setting: Setting, side: int) -> Case:
     """At 224 pixels the last stage has 7 x 7 cells; at 64 pixels, the size of CIFAR's maps, 2 x 2."""
-    batch = 256 if setting.on_gpu else 16
+    return step_case(setting, side, 256 if setting.on_gpu else 16)
+
+
+def step_case(setting: Setting, side: int, batch: int) -> Case:
+    """The case of one image size.
+
+    Args:
+        setting: device and dtype.
+        side: of the images in pixels.
+        batch: images.
+    """
     images = images_for(batch, setting, side).contiguous(memory_format=torch.channels_last)
     targets = torch.arange(batch, device=setting.device) % CLASSES
     student, teacher = networks(setting)

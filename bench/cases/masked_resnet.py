@@ -17,6 +17,7 @@ from fastmkd.reference import dense_twin
 
 from ..masked_layers import runs_here
 from ..models import exact_dtype, images_for
+from ..multiplied import Multiplied
 from ..registry import Answer, Case, Setting, Variant, benchmark
 
 KINDS = ("training step", "plan building", "peak memory")
@@ -137,9 +138,11 @@ def step_case(setting: Setting, network: nn.Module, kind: str, percent: int, ima
     else:
         masked = Answer(exact, floor=FLOORS[setting.dtype])
         plain = copy.deepcopy(network).to(memory_format=torch.channels_last)
+        multiplied = Multiplied(copy.deepcopy(plain))
         twin = dense_twin(plain)
         variants = [
             variant("plain, unmasked", plain, lambda: plain(images), Answer()),
+            variant("multiplied", multiplied, lambda: multiplied(images, visible), Answer()),
             variant("dense twin", twin, lambda: twin(images, visible), masked, plain=True),
             variant("fastmkd", packed, lambda: packed(pack(images, visible)), masked),
         ]

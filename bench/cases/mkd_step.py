@@ -1,8 +1,10 @@
 """An MKD training step, RetinaNet with ResNet-50 from ResNet-101: its masked backbone, and the whole step.
 
-The other way is what one writes without the library: convolutions whose input is multiplied by the mask (the dense
-twin), every module of the decoders by itself, maps for both losses. Teacher, pyramid, heads and optimizer are the same
-in both, and the teacher runs no more than its backbone and pyramid in either.
+The baseline, "multiplied", is what one writes without the library: the map times the mask before each layer that looks
+beyond one pixel, ordinary batch norm, every module of the decoders by itself, maps for both losses. The "dense twin"
+takes batch statistics over visible positions, as the library does, in plain PyTorch, which costs it time; it is what
+results are judged by. "plain, unmasked" is the step whose student sees everything. Teacher, pyramid, heads and
+optimizer are the same in all, and the teacher runs no more than its backbone and pyramid in any.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from fastmkd import MKD, convert_cnn, pack, random_mask
 from fastmkd.reference.dense import dense_twin, upsampled
 
 from ..models import exact_dtype
+from ..multiplied import Multiplied
 from ..registry import Answer, Case, Setting, Variant, benchmark
 from .masked_resnet import FLOORS, read_gradients, step
 from .mkd_decoder import EAGER, GLOBAL_WEIGHT, WEIGHT
@@ -64,17 +67,17 @@ def scenes(batch: int, side: int, setting: Setting) -> tuple[list[Tensor], Targe
     return images, targets
 
 
-class MultipliedBody(nn.Module):
-    """A detector's body as plain masked PyTorch.
+class MaskedBody(nn.Module):
+    """A detector's body on masked images, in plain PyTorch.
 
     Args:
-        body: whose parameters are used.
+        network: the body as `Multiplied` or as a dense twin.
         visible: ``(B, gh, gw)`` bool.
     """
 
-    def __init__(self, body: nn.Module, visible: Tensor) -> None:
+    def __init__(self, network: nn.Module, visible: Tensor) -> None:
         super().__init__()
-        self.twin, self.visible = dense_twin(body), visible
+        self.network, self.visible = network, visible
 
     def forward(self, images: Tensor) -> Any:
         """Returns the body's maps, zeros where hidden.
@@ -82,21 +85,31 @@ class MultipliedBody(nn.Module):
         Args:
             images: ``(B, 3, H, W)``.
         """
-        maps = self.twin(images, self.visible)
+        maps = self.network(images, self.visible)
         for name, x in maps.items():
             maps[name] = x * upsampled(self.visible, x.shape[2:])[:, None]
         return maps
 
 
-def eager_step(student: Any, teacher: Any, heads: nn.ModuleDict, images: list[Tensor], targets: Targets) -> Tensor:
+BODIES: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
+    "plain, unmasked": lambda body, visible: body,
+    "multiplied": lambda body, visible: MaskedBody(Multiplied(body), visible),
+    "dense twin": lambda body, visible: MaskedBody(dense_twin(body), visible),
+}
+
+
+def eager_step(
+    student: Any, teacher: Any, heads: nn.ModuleDict, images: list[Tensor], targets: Targets, visible: Tensor
+) -> Tensor:
     """MKD's loss without the library.
 
     Args:
-        student: a detector whose body is a `MultipliedBody`.
+        student: a detector whose body is one of `BODIES`.
         teacher: a detector.
         heads: decoders and relations.
         images: ``(3, H, W)`` each.
         targets: as torchvision has them.
+        visible: ``(B, gh, gw)`` bool.
     """
     seen: dict[str, Any] = {}
     hook = student.backbone.register_forward_hook(lambda _, args, out: seen.update(images=args[0], levels=out))
@@ -104,8 +117,8 @@ def eager_step(student: Any, teacher: Any, heads: nn.ModuleDict, images: list[Te
     hook.remove()
     with torch.no_grad():
         taught = teacher.backbone(seen["images"])
-    maps, visible = list(seen["levels"].values()), student.backbone.body.visible
-    feat, relation = EAGER("decoders and losses", heads, maps, list(taught.values()), visible)
+    maps, levels = list(seen["levels"].values()), list(taught.values())
+    feat, relation = EAGER("decoders and losses", heads, maps, levels, visible)
     return sum(losses.values()) + WEIGHT * feat + GLOBAL_WEIGHT * relation
 
 
@@ -124,7 +137,14 @@ def mkd_step(setting: Setting, kind: str, percent: int) -> Case:
 
 
 def step_case(
-    setting: Setting, student: Any, teacher: Any, kind: str, percent: int, images: list[Tensor], targets: Targets
+    setting: Setting,
+    student: Any,
+    teacher: Any,
+    kind: str,
+    percent: int,
+    images: list[Tensor],
+    targets: Targets,
+    **options: Any,
 ) -> Case:
     """The case of one kind for a pair of detectors.
 
@@ -136,17 +156,18 @@ def step_case(
         percent: share of the cells that is hidden.
         images: ``(3, H, W)`` each, of one size that cells tile.
         targets: as torchvision has them.
+        options: of `MKD`.
     """
     batch, grid = len(images), tuple(side // CELL for side in images[0].shape[1:])
     draw = lambda: torch.Generator().manual_seed(4)  # noqa: E731
     visible = random_mask(batch, grid, percent / 100, generator=draw()).to(setting.device)  # type: ignore[arg-type]
     build = _backbone if kind == KINDS[0] else _whole
-    variants = build(setting, student, teacher, images, targets, visible, percent / 100, draw)
+    variants = build(setting, student, teacher, images, targets, visible, percent / 100, draw, **options)
     return Case(
         label=f"{percent} % hidden",
         panel=f"{kind}, RetinaNet R50 from R101, batch {batch}",
         variants=variants,
-        baseline="eager",
+        baseline="multiplied",
         items=batch,
         min_rounds=5,
         params={"batch": batch, "percent": percent, "side": images[0].shape[1], "kind": kind},
@@ -154,7 +175,14 @@ def step_case(
 
 
 def _backbone(
-    setting: Setting, student: Any, _teacher: Any, images: list[Tensor], _targets: Targets, visible: Tensor, *_: Any
+    setting: Setting,
+    student: Any,
+    _teacher: Any,
+    images: list[Tensor],
+    _targets: Targets,
+    visible: Tensor,
+    *_: Any,
+    **__: Any,
 ) -> list[Variant]:
     """Body alone, from a batch tensor to the sum of its squared maps."""
     whole = torch.stack(images).to(memory_format=torch.channels_last)
@@ -163,8 +191,8 @@ def _backbone(
         wide = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in maps.values())
         return torch.stack([x.square().mean() for x in wide]).sum()
 
-    def eager(wide: torch.dtype) -> Work:
-        own, x = MultipliedBody(copy.deepcopy(student.backbone.body).to(wide), visible), whole.to(wide)
+    def eager(way: str, wide: torch.dtype = torch.float32) -> Work:
+        own, x = BODIES[way](copy.deepcopy(student.backbone.body).to(wide), visible), whole.to(wide)
         return own, lambda: size(own(x))
 
     packed = convert_cnn(copy.deepcopy(student.backbone.body))
@@ -172,7 +200,7 @@ def _backbone(
     def ours() -> Tensor:
         return size({name: x.to_dense() for name, x in packed(pack(whole, visible)).items()})
 
-    return _variants(setting, eager, eager(torch.float32), (packed, ours))
+    return _variants(setting, eager, (packed, ours))
 
 
 def _whole(
@@ -184,37 +212,42 @@ def _whole(
     visible: Tensor,
     ratio: float,
     draw: Callable[[], torch.Generator],
+    **options: Any,
 ) -> list[Variant]:
     """Everything from the images to new weights."""
-    method = MKD(copy.deepcopy(student), teacher, mask_ratio=ratio, image_size=images[0].shape[1])
+    method = MKD(copy.deepcopy(student), teacher, mask_ratio=ratio, image_size=images[0].shape[1], **options)
     heads = copy.deepcopy(method.heads)
 
-    def eager(wide: torch.dtype) -> Work:
+    def eager(way: str, wide: torch.dtype = torch.float32) -> Work:
+        own: Any
         own, other, parts = (copy.deepcopy(net).to(wide) for net in (student, teacher, heads))
         pictures = [image.to(wide) for image in images]
         boxes = [{**target, "boxes": target["boxes"].to(wide)} for target in targets]
-        own.backbone.body = MultipliedBody(own.backbone.body, visible)
+        own.backbone.body = BODIES[way](own.backbone.body, visible)
         both = nn.ModuleList([own, parts])
-        return both, lambda: eager_step(own, other, parts, pictures, boxes)
+        return both, lambda: eager_step(own, other, parts, pictures, boxes, visible)
 
     def ours() -> Tensor:
         method.generator = draw()  # the same mask in every step
         return method(images, targets).loss
 
-    return _variants(setting, eager, eager(torch.float32), (nn.ModuleList([method.student, method.heads]), ours))
+    return _variants(setting, eager, (nn.ModuleList([method.student, method.heads]), ours))
 
 
-def _variants(setting: Setting, eager: Callable[[torch.dtype], Work], plain: Work, ours: Work) -> list[Variant]:
-    """Steps of both ways; what they must agree on are the loss and some gradients."""
+def _variants(setting: Setting, eager: Callable[..., Work], ours: Work) -> list[Variant]:
+    """Steps of all ways; the twin's and ours must agree on the loss and some gradients."""
 
     def exact() -> list[Tensor]:
-        network, loss = eager(exact_dtype(setting))
+        network, loss = eager("dense twin", exact_dtype(setting))
         value = loss()
         value.backward()
         return read_gradients(network)(value.detach())
 
-    answer = Answer(exact, floor=FLOORS[setting.dtype])
-    return [
-        Variant(name, step(setting, *work), answer, plain=name == "eager", read=read_gradients(work[0]))
-        for name, work in (("eager", plain), ("fastmkd", ours))
-    ]
+    same = Answer(exact, floor=FLOORS[setting.dtype])
+
+    def variant(name: str, work: Work) -> Variant:
+        masked = name in ("dense twin", "fastmkd")
+        run, read = step(setting, *work), read_gradients(work[0])
+        return Variant(name, run, same if masked else Answer(), plain=name == "dense twin", read=read)
+
+    return [*(variant(name, eager(name)) for name in BODIES), variant("fastmkd", ours)]

@@ -132,9 +132,9 @@ def test_step_agrees_with_the_twin_and_leaves_the_weights(dtype: str) -> None:
     )
     record = measure(case, Setting(CPU, dtype), SHORT, lambda share: None)
     found = by_name(record)
-    assert list(found) == ["plain, unmasked", "dense twin", "fastmkd"]
+    assert list(found) == ["plain, unmasked", "multiplied", "dense twin", "fastmkd"]
     assert all(v["check"]["ok"] and v["ratio"]["median"] > 0 and v["rounds"] == 2 for v in found.values())
-    masked = case.variants[2]
+    masked = case.variants[-1]
     first, second = masked.read(masked.run()), masked.read(masked.run())
     assert len(first) == 1 + masked_resnet.CHECKED
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -211,9 +211,12 @@ def test_a_target_may_be_against_another_variant_than_the_baseline() -> None:
         "label": "75 % hidden",
         "panel": "ResNet-50 training step, batch 16",
         "baseline": "dense twin",
-        "variants": [{"name": name, "ratio": {"median": ratio}} for name, ratio in ratios.items()],
+        "variants": [
+            {"name": name, "ratio": {"median": ratio}, "seconds": {"median": 12 / ratio}, "rounds": 5}
+            for name, ratio in ratios.items()
+        ],
     }
-    assert target.ratio(record) == 4.0
+    assert target.ratio(record) == pytest.approx(4.0)
     assert target.ratio({**record, "clock": "step"}) is None  # a GPU's
     record["variants"] = record["variants"][::2]
     assert target.ratio(record) is None
@@ -251,7 +254,22 @@ def test_a_target_may_be_a_share_of_the_bound() -> None:
         "dtype": "bf16",
         "label": "75 % hidden",
         "baseline": "plain, unmasked",
-        "variants": [{"name": n, "bound": None if share is None else {"share": share}} for n, share in shares.items()],
+        "variants": [
+            {
+                "name": name,
+                "bound": None if share is None else {"share": share},
+                "seconds": {"median": 2.0, "low": 1.0, "high": 4.0},
+                "rounds": 3,
+            }
+            for name, share in shares.items()
+        ],
     }
     assert alone.ratio({**record, "panel": alone.panel}) == 0.5
     assert against.ratio({**record, "panel": against.panel}) == 2.0
+    assert alone.measured({**record, "panel": alone.panel}) == (0.5, (0.25, 1.0), 3)
+    assert against.measured({**record, "panel": against.panel}) == (2.0, None, 3)
+    for variant, times in zip(record["variants"], ([2.0, 4.0, 6.0], [2.0, 2.0, 2.0]), strict=False):
+        variant["times"] = times
+    assert against.measured({**record, "panel": against.panel}) == (4.0, (3.0, 5.0), 3)
+    record["variants"][1]["check"] = {"ok": False}
+    assert alone.ratio({**record, "panel": alone.panel}) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def test_record_holds_all_numbers_and_the_machine(tmp_path: Path, capsys: pytest
     assert base["ratio"]["median"] == 1.0
     assert same["ratio"]["low"] <= same["ratio"]["median"] <= same["ratio"]["high"]
     assert same["check"]["ok"]
-    assert same["rounds"] >= 5
+    assert same["rounds"] == len(same["times"]) == len(base["times"]) >= 5
+    inside = [theirs / own for theirs, own in zip(base["times"], same["times"], strict=True)]
+    assert same["ratio"]["median"] == pytest.approx(statistics.median(inside), rel=1e-3)
     assert same["items_per_second"] == pytest.approx(64 / same["seconds"]["median"], rel=1e-3)
     assert same["bound"]["share"] == pytest.approx(8 * 64 / 1e9 / same["seconds"]["median"], rel=1e-3)
     assert "against the baseline" in capsys.readouterr().out
