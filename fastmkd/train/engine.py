@@ -70,6 +70,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
             return done
         with Interrupts(enabled=accelerator.num_processes == 1) as interrupts:
             trainer = Trainer(setup, accelerator, run)
+            held.callback(trainer.loader.close)
+            held.callback(trainer.test_loader.close)
             result = trainer.run_all(interrupts)
         accelerator.free_memory()
         return result

@@ -173,6 +173,14 @@ class Loader:
             self.bad.update(bad)
             yield moved(batch, self.device) if len(batch.numbers) else None
 
+    def close(self) -> None:
+        """Ends the reading processes, whoever still holds this object; reading on would start others."""
+        reading: Any = getattr(self._loader, "_iterator", None)  # kept between epochs, and ended by nothing public
+        if reading is not None:
+            reading._shutdown_workers()
+            assert self._loader is not None
+            self._loader._iterator = None
+
     def blank(self) -> Batch:
         """Returns a batch of one black picture of class 0, for a process that has nothing to read while others have.
 
