@@ -12,9 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-import torch
-
-from fastmkd.ops.cache import device_name
 
 __all__ = ["Outcomes", "pytest_addoption", "pytest_configure"]
 
@@ -38,6 +35,10 @@ class Outcomes:
     """
 
     def __init__(self, path: Path) -> None:
+        import torch  # here, since every process of pytest-xdist imports this file, and only one has a device to name
+
+        from fastmkd.ops.cache import device_name
+
         device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._about = {"device": device, "torch": torch.__version__}
         self._collected: set[str] = set()

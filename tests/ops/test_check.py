@@ -38,7 +38,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference, seen = OPS["select_tokens"].reference, []
+    reference = OPS["select_tokens"].reference
+    seen: list[None] = []
 
     def stopped(*args: Any) -> torch.Tensor:
         seen.append(None)
