@@ -114,7 +114,7 @@ TRITON_OPS="masked_conv2d_weight align_cells_grad recovered_loss masked_patch_lo
 CUDA_OPS="centred_gram select_tokens tap_table"
 cores=$(env -u OMP_NUM_THREADS nproc)
 check() { stage "check $3" "$1" "$2" env OMP_NUM_THREADS=1 "$PYTHON" -m fastmkd.ops.check "$3" --device cuda --json "$OUT/check.jsonl"; }
-if wanted check; then each check 110 "$cores" "$summary" $TRITON_OPS $CUDA_OPS; fi
+if wanted check; then each check 130 "$cores" "$summary" $TRITON_OPS $CUDA_OPS; fi
 
 # pytest NAME LIMIT WORKERS ARGUMENT...: pytest with a line a test in tests.jsonl, on several processes where that can be
 # and without other plugins, which every process would load.
@@ -129,7 +129,7 @@ pytest() {
 mapfile -t BEYOND < <(grep -oE '"tests/[^":]+' bench/gpu_status.py | tr -d '"' | sort -u)
 # The other files need not be read, nor what they import be there.
 mapfile -t FILES < <(grep -rlE 'mark\.gpu' tests --include='test_*.py' | grep -vxF "$(printf '%s\n' "${BEYOND[@]}")" | sort)
-if wanted beyond; then pytest beyond 100 8 -m gpu "${BEYOND[@]}"; fi
+if wanted beyond; then pytest beyond 120 8 -m gpu "${BEYOND[@]}"; fi
 
 # bench NAME LIMIT ARGUMENT...: benchmarks whose records are appended.
 bench() {
@@ -146,7 +146,7 @@ if wanted tests; then after=$((after + 70)); fi
 if wanted sanitize; then after=$((after + 60)); fi
 if wanted bench; then bench bench $(($(left) - after)) $ASKED --dtype bf16; fi
 
-if wanted tests; then pytest tests 110 12 -m 'gpu and not long' "${FILES[@]}"; fi
+if wanted tests; then pytest tests 130 12 -m 'gpu and not long' "${FILES[@]}"; fi
 
 # Every byte that a kernel touches, and every race of the kernels in CUDA C++, whose threads share memory by hand. Here
 # each tensor is an allocation of its own, so that what is beyond one is beyond all. The verdicts of such a run are not
