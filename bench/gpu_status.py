@@ -1,18 +1,18 @@
 """What a GPU has proven and what not: writes ``docs/gpu-status.md`` and the ``verified`` part of the shipped tables.
 
 An op's row is proven when a committed record of ``fastmkd check --json`` (``bench/results/<gpu>/check.jsonl``) holds
-samples of that op and backend and every one of them is right; what is more than an op, when its GPU test passed in the
-committed ``bench/results/<gpu>/junit.xml``; a number, when a committed benchmark record has it. Run it with
-``python -m fastmkd.bench.gpu_status``.
+all samples of that op and backend and every one of them is right; what is more than an op, when every case of its GPU
+test passed in the committed ``bench/results/<gpu>/tests.jsonl`` (`fastmkd.bench.outcomes`); a number, when a committed
+benchmark record has it. What time did not reach is not proven. Run it with ``python -m fastmkd.bench.gpu_status``.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from fastmkd.ops import OPS
 from fastmkd.ops.registry import Backend
@@ -31,11 +31,15 @@ WITHOUT_GPU = {
     "triton": "numerics in Triton's interpreter; compiled ahead of time for sm_80, sm_90, sm_100 (no spills)",
     "cuda": "the same source runs on the CPU through a shim; compiled by nvcc where it is installed",
 }
-# What only a GPU can show and no sample of an op does, and the test that shows it (`bench/gpu.sh` runs all of them).
+# What only a GPU can show and no sample of an op does, and the test that shows it (`bench/gpu.sh` runs all of them, by
+# what stands here between quotes).
 BEYOND = {
     "the teacher's CUDA graph gives the same step": "tests/methods/test_teacher_call.py::test_cuda_graphs",
     "micro-batches on a side stream: the same losses and gradients": "tests/methods/test_lanes.py::test_streams",
     "a MaskedKD step never waits for the GPU": "tests/methods/test_no_sync.py::test_a_step_does_not_wait_for_the_gpu",
+    "a DMAE step never waits for the GPU": (
+        "tests/methods/test_no_sync.py::test_a_step_of_dmae_does_not_wait_for_the_gpu"
+    ),
     "a DPK step never waits for the GPU": "tests/methods/test_dpk.py::test_a_step_does_not_wait_for_the_gpu",
     "FGD's term never waits for the GPU": "tests/methods/test_fgd.py::test_a_step_does_not_wait_for_the_gpu",
     "student on the GPU, teacher pinned elsewhere": "tests/methods/test_maskedkd.py::test_pinned_teacher_on_the_cpu",
@@ -49,7 +53,12 @@ BEYOND = {
     "a packed CNN's step reads nothing back": (
         "tests/nn/test_convert.py::test_a_training_step_on_the_gpu_reads_nothing_back"
     ),
-    "plans are built on the GPU": "tests/nn/test_plan.py::test_built_on_the_gpu_without_reading_back",
+    "a mask drawn with a CPU generator is the same on a GPU": (
+        "tests/nn/test_masks.py::test_cpu_generator_gives_the_same_masks_on_a_gpu"
+    ),
+    "plans are built on the GPU without reading back": (
+        "tests/nn/test_plan.py::test_built_on_the_gpu_without_reading_back"
+    ),
 }
 
 INTRO = """# GPU status
@@ -57,7 +66,7 @@ INTRO = """# GPU status
 What a GPU has confirmed and what it has not: per op and backend, beyond single ops, and the numbers asked for. This
 page is generated from the op registry and the committed records by `python -m fastmkd.bench.gpu_status`; a test fails
 when it is out of date. A row becomes proven by running `bench/gpu.sh` on a machine with the GPU and committing what it
-leaves in `bench/results/<gpu>`: `check.jsonl`, `junit.xml`, `records.jsonl`.
+leaves in `bench/results/<gpu>`: `check.jsonl`, `tests.jsonl`, `records.jsonl`.
 
 ## Ops
 
@@ -82,40 +91,38 @@ masked convolution only the taps that are present count.
 
 
 def records(results: Path = RESULTS) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]:
-    """Returns the check records as ``{(op, backend): {device: [record, ...]}}``."""
-    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(results.glob("*/check.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            if record["outcome"] != "unavailable":
-                found[record["op"], record["backend"]][record["device"]].append(record)
-    return found
+    """Returns the check records as ``{(op, backend): {device: [record, ...]}}``, of each sample the last one."""
+    found: dict[tuple[str, str], dict[str, dict[tuple[str, str], dict[str, Any]]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for record in _lines_of(results, "check.jsonl"):
+        if record["outcome"] != "unavailable":
+            found[record["op"], record["backend"]][record["device"]][record["dtype"], record["sample"]] = record
+    return {pair: {device: list(rows.values()) for device, rows in devices.items()} for pair, devices in found.items()}
 
 
 def proven(rows: list[dict[str, Any]]) -> bool:
-    """True when there are samples and every one is right."""
-    return bool(rows) and all(row["outcome"] == "right" for row in rows)
+    """True when no sample is missing (the run may have been stopped) and every one is right."""
+    return bool(rows) and len(rows) >= rows[-1]["of"] and all(row["outcome"] == "right" for row in rows)
 
 
 def passed(test: str, results: Path = RESULTS) -> list[str]:
-    """Devices on whose committed ``junit.xml`` every case of a test passed, none skipped.
+    """Devices on whose committed ``tests.jsonl`` every case of a test passed, none left out.
 
     Args:
         test: ``path/of/file.py::function``.
         results: folder of the records.
     """
-    path, function = test.split("::")
-    name = path.removesuffix(".py").replace("/", ".")
-    devices = []
-    for junit in sorted(results.glob("*/junit.xml")):
-        cases = [
-            case
-            for case in ElementTree.parse(junit).iter("testcase")
-            if case.get("classname", "").endswith(name) and case.get("name", "").split("[")[0] == function
-        ]
-        if cases and not any(case.find(bad) is not None for case in cases for bad in ("skipped", "failure", "error")):
-            devices.append(junit.parent.name)
-    return devices
+    outcomes: dict[str, dict[str, str]] = defaultdict(dict)
+    for record in _lines_of(results, "tests.jsonl"):
+        if record["test"].split("[")[0] == test:
+            outcomes[record["device"]][record["test"]] = record["outcome"]
+    return [device for device, cases in outcomes.items() if set(cases.values()) == {"passed"}]
+
+
+def _lines_of(results: Path, name: str) -> Iterator[dict[str, Any]]:
+    for path in sorted(results.glob(f"*/{name}")):
+        yield from map(json.loads, path.read_text().splitlines())
 
 
 def render(results: Path = RESULTS) -> str:

@@ -1,7 +1,8 @@
 """What is known about a device: shipped tables, and verdicts and choices found here and kept on disk.
 
-The cache is one JSON file a device under ``$FASTMKD_CACHE`` (default ``~/.cache/fastmkd``). It is written atomically
-and read once; a file that cannot be read or written is ignored, since everything in it can be found again.
+The cache is one JSON file a device under ``$FASTMKD_CACHE`` (default ``~/.cache/fastmkd``). It is read once and written
+atomically, entry by entry, so that processes side by side keep what the others found; a file that cannot be read or
+written is ignored, since everything in it can be found again.
 """
 
 from __future__ import annotations
@@ -60,8 +61,11 @@ def verdict(device: str, pair: str) -> bool | None:
 
 def remember(device: str, key: str, value: str | bool) -> None:
     """Keeps a choice (a backend's name) or a verdict (a bool), in memory and on disk."""
-    _state(device)["verdicts" if isinstance(value, bool) else "choices"][key] = value
-    _write(device)
+    part = "verdicts" if isinstance(value, bool) else "choices"
+    _state(device)[part][key] = value
+    on_disk = _read(device)  # other processes may have written since it was read
+    on_disk[part][key] = value
+    _write(device, on_disk)
 
 
 def load(device: torch.device) -> None:
@@ -105,12 +109,12 @@ def _read(device: str) -> dict[str, Any]:
     return state if sound else empty
 
 
-def _write(device: str) -> None:
+def _write(device: str, state: dict[str, Any]) -> None:
     path = _path(device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(_known[device], file, indent=1, sort_keys=True)
+            json.dump(state, file, indent=1, sort_keys=True)
         os.replace(file.name, path)
     except OSError:
         pass  # a read-only home costs a measurement per process, nothing else

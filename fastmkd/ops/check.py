@@ -1,6 +1,8 @@
 """Every op, every backend, every sample against the reference on one device: ``fastmkd check``.
 
-The result is a table for people and, with ``--json``, one record a line: what ``docs/gpu-status.md`` is made from.
+The result is a table for people and, with ``--json``, one record a line: what ``docs/gpu-status.md`` is made from. A
+record is appended when its comparison is done: a run that is stopped leaves its part, and runs side by side share a
+file. On a GPU the cache remembers what was found, and ``auto`` need not find it again.
 """
 
 from __future__ import annotations
@@ -9,11 +11,14 @@ import argparse
 import json
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 
-from . import cache
+from . import cache, verdicts
 from .accuracy import judge, upcast
 from .arguments import tensors
 from .devices import check_device
@@ -24,7 +29,10 @@ __all__ = ["Row", "check_all", "check_sample", "main"]
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: `outcome` is ``right``, ``wrong``, ``error`` or ``unavailable`` (then `detail` says why)."""
+    """One comparison: `outcome` is ``right``, ``wrong``, ``error`` or ``unavailable`` (then `detail` says why).
+
+    `of` is how many comparisons its op and backend have in the run: fewer rows are those of a run that was stopped.
+    """
 
     op: str
     backend: str
@@ -34,6 +42,7 @@ class Row:
     error: float = 0.0
     allowed: float = 0.0
     detail: str = ""
+    of: int = 1
 
 
 def check_sample(op: Op, backend: Backend, sample: Sample, dtype: torch.dtype) -> Row:
@@ -49,8 +58,8 @@ def check_sample(op: Op, backend: Backend, sample: Sample, dtype: torch.dtype) -
         The row.
     """
     label = (op.name, backend.name, str(dtype).removeprefix("torch."), sample.name)
-    args = sample.args
     try:
+        args = sample.args
         out, again = tensors((backend.run(*args),)), tensors((backend.run(*args),))
         if sample.huge:  # float64 would not fit; the reference in the same dtype has to do
             exact = plain = tensors((op.reference(*args),))
@@ -87,10 +96,14 @@ def check_all(device: str, names: Sequence[str] = (), huge: bool = False) -> Ite
             if reason is not None:
                 yield Row(op.name, backend.name, "", "", "unavailable", detail=reason)
                 continue
-            for dtype in backend.dtypes:
-                for sample in op.samples(device, dtype):
-                    if huge or not sample.huge:
-                        yield check_sample(op, backend, sample, dtype)
+            cases = [
+                (sample, dtype)
+                for dtype in backend.dtypes
+                for sample in op.samples(device, dtype)
+                if huge or not sample.huge
+            ]
+            for sample, dtype in cases:
+                yield replace(check_sample(op, backend, sample, dtype), of=len(cases))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("op", nargs="*", help=f"ops to check (default: all of {', '.join(OPS)})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--huge", action="store_true", help="also inputs whose offsets need 64 bits (tens of GB)")
-    parser.add_argument("--json", metavar="FILE", help="write one record a line")
+    parser.add_argument("--json", metavar="FILE", help="append one record a line, each when it is found")
     args = parser.parse_args(argv)
     unknown = [name for name in args.op if name not in OPS]
     if unknown:
@@ -109,30 +122,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
 
-    rows = []
-    for row in check_all(args.device, args.op, args.huge):
-        rows.append(row)
-        if row.outcome in ("wrong", "error"):
-            print(f"{row.op} {row.backend} {row.dtype} {row.sample}: {row.outcome}, error {row.error:.3g}, "
-                  f"allowed {row.allowed:.3g} {row.detail}")  # fmt: skip
-    for op, backend in dict.fromkeys((r.op, r.backend) for r in rows):
-        mine = [r for r in rows if (r.op, r.backend) == (op, backend)]
-        if mine[0].outcome == "unavailable":
-            print(f"{op:<16} {backend:<8} not here: {mine[0].detail}")
-            continue
-        right = sum(r.outcome == "right" for r in mine)
-        print(f"{op:<16} {backend:<8} {right} of {len(mine)} samples right")
-    if args.json:
-        device = torch.device(args.device)
-        about = {
-            "device": cache.device_name(device),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "python": platform.python_version(),
-        }
-        with open(args.json, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps({**about, **asdict(row)}) + "\n" for row in rows)
-    return int(any(r.outcome in ("wrong", "error") for r in rows))
+    device = torch.device(args.device)
+    about = {
+        "device": cache.device_name(device),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+    file, failed = None, False
+    with ExitStack() as stack:
+        if args.json:
+            try:
+                file = stack.enter_context(open(args.json, "a", encoding="utf-8"))
+            except OSError as error:
+                parser.error(
+                    f"--json {args.json} cannot be written: {error.strerror}; name a file in a folder of yours"
+                )
+        rows = check_all(args.device, args.op, args.huge)
+        for (op, backend), group in groupby(rows, attrgetter("op", "backend")):
+            mine = []
+            for row in group:
+                mine.append(row)
+                if file is not None:
+                    file.write(json.dumps({**about, **asdict(row)}) + "\n")
+                    file.flush()
+                if row.outcome in ("wrong", "error"):
+                    failed = True
+                    print(f"{row.op} {row.backend} {row.dtype} {row.sample}: {row.outcome}, error {row.error:.3g}, "
+                          f"allowed {row.allowed:.3g} {row.detail}")  # fmt: skip
+            if mine[0].outcome == "unavailable":
+                print(f"{op:<16} {backend:<8} not here: {mine[0].detail}")
+                continue
+            right = sum(r.outcome == "right" for r in mine)
+            print(f"{op:<16} {backend:<8} {right} of {len(mine)} samples right")
+            if not args.huge:  # one that only lacked memory for a huge sample is not wrong
+                verdicts.keep(op, backend, device, right == len(mine))
+    return int(failed)
 
 
 if __name__ == "__main__":

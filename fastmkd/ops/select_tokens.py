@@ -165,6 +165,10 @@ def samples(device: str, dtype: torch.dtype) -> list[Sample]:
         scores = torch.tensor([[0.0, -0.0, 0.0, -0.0, -1.0], [-0.0, 0.0, -1.0, 0.0, 0.0]])
         return scores.to(device=device, dtype=dtype), 2, 1, 5, 1, 5
 
+    def huge() -> tuple[Any, ...]:
+        scores = torch.empty(1 << 17, 128 * 128, device=device, dtype=dtype)  # 2^31 scores: offsets need 64 bits
+        return scores.random_(-1000, 1000), 64, 128, 128, 128, 128
+
     return [
         Sample("half_of_deit", lambda: make(8, 98, (14, 14))),
         Sample("keep_one", lambda: make(3, 1, (7, 7))),
@@ -179,7 +183,7 @@ def samples(device: str, dtype: torch.dtype) -> list[Sample]:
         Sample("one_row_grid", lambda: make(2, 7, (1, 12), (5, 12))),
         Sample("high_resolution", lambda: make(2, 288, (14, 14), (24, 24))),
         Sample("large", lambda: make(2, 2000, (64, 64))),
-        Sample("huge", lambda: make(1 << 17, 64, (128, 128), levels=1000), huge=True),
+        Sample("huge", huge, huge=True),
     ]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_masks import draw_mask, masks, pixels
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 import fastmkd
 from fastmkd.nn.masked_conv import MaskedConv2d
@@ -193,13 +195,30 @@ def test_built_on_the_gpu_without_reading_back():
     window = Window((3, 3), (2, 2), (1, 1), (1, 1))
     expected = MaskPlan(visible).taps((4, 4), window)
     on_gpu, count = visible.cuda(), int(visible.sum())
+    MaskPlan(on_gpu, count=count).taps((4, 4), window)  # the first use of an op may measure
     torch.cuda.synchronize()
-    taps = MaskPlan(on_gpu, count=count).taps((4, 4), window)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        taps = MaskPlan(on_gpu, count=count).taps((4, 4), window)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     for name in ("forward", "backward"):
         table, order = getattr(taps, name).cpu(), getattr(taps, f"{name}_order").cpu()
         assert torch.equal(table, getattr(expected, name))
         present = (table >= 0).long() << torch.arange(table.shape[1])
         assert torch.equal(order, group_rows(present.sum(1)))
+
+
+@pytest.mark.parametrize("count", [98, None])
+def test_a_plan_reads_the_count_at_most(count):
+    """On a GPU that is made up, whose tensors have no values: whoever asks one for a number fails."""
+    wanted = nullcontext() if count else pytest.raises(DynamicOutputShapeException, match="nonzero")
+    with FakeTensorMode(), wanted:
+        plan = MaskPlan(torch.ones(4, 7, 7, dtype=torch.bool, device="cuda"), count=count)
+        taps = plan.taps((4, 4), Window((3, 3), (2, 2), (1, 1), (1, 1)))
+        assert taps.forward.shape == (count * 4, 9)
+        assert taps.backward_order.shape == (count * 16,)
+        assert plan.runs(4).of_rows.is_cuda
 
 
 def test_a_mask_that_changes_after_pack_changes_nothing():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import segmentation_models_pytorch as smp
 import torch
 
 import fastmkd.nn.segmenters
 from fastmkd.nn.segmenters import SEGMENTERS, build_segmenter
 from fastmkd.nn.timm_names import names_of_timm
+
+smp = pytest.importorskip("segmentation_models_pytorch")
 
 
 @pytest.mark.parametrize("name", [name for name, (package, _) in SEGMENTERS.items() if package == "smp"])

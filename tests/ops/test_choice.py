@@ -75,6 +75,19 @@ def test_cache_survives_a_restart(fresh_cache: Path) -> None:
     assert cache.verdict("some-gpu", "select_tokens/triton") is None
 
 
+def test_what_another_process_wrote_meanwhile_is_kept(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.remember("some-gpu", "a/triton", True)
+    with monkeypatch.context() as other_process:
+        other_process.setattr(cache, "_known", {})
+        cache.remember("some-gpu", "a/triton", False)
+        cache.remember("some-gpu", "b/triton", True)
+    cache.remember("some-gpu", "c/float32/4^3", "eager")
+    cache._known.clear()
+    assert cache.verdict("some-gpu", "a/triton") is False
+    assert cache.verdict("some-gpu", "b/triton") is True
+    assert cache.choices("some-gpu") == {"c/float32/4^3": "eager"}
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"choices": 3}', "\0\0"])
 def test_broken_cache_file_is_ignored(fresh_cache: Path, content: str) -> None:
     cache._path("some-gpu").write_text(content)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmkd
 from fastmkd.ops import OPS
@@ -45,9 +48,20 @@ def test_parity_cpu(op: Op, backend: Backend, dtype: torch.dtype, sample: Sample
     assert row.outcome == "right", row
 
 
+def _with_a_huge_sample() -> list[str]:
+    """Ops with a sample that only a GPU's memory holds."""
+    return [name for name in sorted(OPS) if any(sample.huge for sample in OPS[name].samples("cpu", torch.float32))]
+
+
+HUGE = [pytest.param(name, True, marks=pytest.mark.long) for name in _with_a_huge_sample()]
+
+
+def test_the_ops_without_a_huge_sample_are_known() -> None:
+    assert set(OPS) - set(_with_a_huge_sample()) == {"masked_conv2d", "masked_conv2d_weight"}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("huge", [False, pytest.param(True, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", sorted(OPS))
+@pytest.mark.parametrize(("name", "huge"), [*((name, False) for name in sorted(OPS)), *HUGE])
 def test_parity_gpu(name: str, huge: bool, poisoned: None) -> None:
     backends = [backend for backend in OPS[name].backends.values() if backend.device == "cuda"]
     if [backend.name for backend in backends] == ["cuda"]:
@@ -62,6 +76,28 @@ def test_parity_gpu(name: str, huge: bool, poisoned: None) -> None:
     ]
     assert rows, f"no GPU backend of {name} is usable here"
     assert [row for row in rows if row.outcome != "right"] == []
+
+
+class _LargestOnTheHost(TorchDispatchMode):
+    """The elements of the largest tensor that a call makes on the CPU."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        mine = [tensor.numel() for tensor in tensors((out,)) if tensor.device.type == "cpu"]
+        self.elements = max([self.elements, *mine])
+        return out
+
+
+@pytest.mark.parametrize("name", _with_a_huge_sample())
+def test_a_huge_sample_is_drawn_where_it_is_needed(name: str) -> None:
+    with FakeTensorMode(), _LargestOnTheHost() as host:
+        for sample in OPS[name].samples("cuda", torch.float32):
+            if sample.huge:
+                with suppress(DynamicOutputShapeException):  # a mask's cells are counted when it is drawn
+                    sample.make()
+    assert host.elements < 1e7, "a sample for the GPU's memory goes through the host's"
 
 
 def _float64_samples(device: str) -> list[Any]:

@@ -15,16 +15,34 @@ def test_page_is_up_to_date() -> None:
     assert gpu_status.PAGE.read_text() == gpu_status.render(), "run python -m fastmkd.bench.gpu_status"
 
 
+def proof(folder: Path, name: str, records: list[dict[str, object]], row: str) -> str:
+    """The row of the page that starts so, when these are the records of a GPU."""
+    (folder / "some-gpu").mkdir()
+    about = {"device": "some-gpu", "torch": "2.11"}
+    text = "".join(json.dumps({**about, **record}) + "\n" for record in records)
+    (folder / "some-gpu" / name).write_text(text)
+    return next(line for line in gpu_status.render(folder).splitlines() if line.startswith(row))
+
+
+def sample(number: int, outcome: str, of: int = 2) -> dict[str, object]:
+    pair = {"op": "select_tokens", "backend": "triton", "dtype": "float32"}
+    return {**pair, "sample": f"number {number}", "outcome": outcome, "of": of}
+
+
 @pytest.mark.parametrize(
-    ("outcome", "expected"), [("right", "some-gpu (1 samples, torch 2.11)"), ("wrong", "unproven")]
+    ("records", "expected"),
+    [
+        ([sample(1, "right"), sample(2, "right")], "some-gpu (2 samples, torch 2.11)"),
+        ([sample(1, "right"), sample(2, "wrong")], "unproven"),
+        ([sample(1, "right")], "unproven"),  # the run was stopped
+        ([sample(1, "right"), sample(1, "right")], "unproven"),
+        ([sample(1, "wrong"), sample(2, "right"), sample(1, "right")], "some-gpu (2 samples, torch 2.11)"),
+    ],
 )
-def test_only_right_samples_prove_a_row(tmp_path: Path, outcome: str, expected: str) -> None:
-    record = {"device": "some-gpu", "torch": "2.11", "op": "select_tokens", "backend": "triton", "outcome": outcome}
-    folder = tmp_path / "some-gpu"
-    folder.mkdir()
-    (folder / "check.jsonl").write_text(json.dumps(record) + "\n")
-    row = next(line for line in gpu_status.render(tmp_path).splitlines() if line.startswith("| select_tokens | triton"))
-    assert expected in row
+def test_only_right_samples_and_all_of_them_prove_a_row(
+    tmp_path: Path, records: list[dict[str, object]], expected: str
+) -> None:
+    assert expected in proof(tmp_path, "check.jsonl", records, "| select_tokens | triton")
 
 
 @pytest.mark.parametrize("test", gpu_status.BEYOND.values())
@@ -34,17 +52,32 @@ def test_what_is_beyond_ops_is_named_by_gpu_tests(test: str) -> None:
     assert re.search(rf"@pytest\.mark\.gpu\n(?:[@ )].*\n)*def {function}\(", text)
 
 
+def test_every_gpu_test_of_the_methods_and_networks_is_beyond_ops() -> None:
+    named = {
+        f"{path.relative_to(gpu_status.ROOT)}::{function}"
+        for room in ("methods", "metrics", "nn", "train")
+        for path in sorted((gpu_status.ROOT / "tests" / room).rglob("test_*.py"))
+        for function in re.findall(r"@pytest\.mark\.gpu\n(?:[@ )].*\n)*def (\w+)\(", path.read_text())
+    }
+    assert named == set(gpu_status.BEYOND.values())
+
+
 @pytest.mark.parametrize(
-    ("outcomes", "proven"), [([""], True), (["", ""], True), (["", "<failure/>"], False), (["<skipped/>"], False)]
+    ("outcomes", "proven"),
+    [
+        (["collected", "passed"], True),
+        (["collected"], False),  # the run was stopped
+        (["failed"], False),
+        (["skipped"], False),
+        (["passed", "failed"], False),  # while it was torn down
+    ],
 )
 def test_a_row_beyond_ops_needs_all_cases_of_its_test(tmp_path: Path, outcomes: list[str], proven: bool) -> None:
-    cases = "".join(
-        f'<testcase classname="tests.methods.test_lanes" name="test_streams[{number}]">{outcome}</testcase>'
-        for number, outcome in enumerate(outcomes)
-    )
-    other = '<testcase classname="tests.methods.test_lanes" name="test_other"><failure/></testcase>'
-    folder = tmp_path / "some-gpu"
-    folder.mkdir()
-    (folder / "junit.xml").write_text(f"<testsuites><testsuite>{cases}{other}</testsuite></testsuites>")
-    row = next(line for line in gpu_status.render(tmp_path).splitlines() if "test_lanes.py::test_streams" in line)
+    test = gpu_status.BEYOND["micro-batches on a side stream: the same losses and gradients"]
+    records: list[dict[str, object]] = [
+        {"test": f"{test}[1]", "outcome": "passed"},
+        *({"test": f"{test}[2]", "outcome": outcome} for outcome in outcomes),
+        {"test": f"{test}_of_another_kind", "outcome": "failed"},
+    ]
+    row = proof(tmp_path, "tests.jsonl", records, "| micro-batches on a side stream")
     assert row.endswith("| some-gpu |" if proven else "| **unproven** |")

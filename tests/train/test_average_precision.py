@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from drawn_boxes import change, draw_boxes
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from fastmkd.train.accelerator import make_accelerator
@@ -20,6 +18,9 @@ from fastmkd.train.errors import UserError
 from fastmkd.train.loading import Loader
 from fastmkd.train.schema import DataRecipe, Recipe, RunRecipe
 from fastmkd.train.tasks import Detection
+
+COCO = pytest.importorskip("pycocotools.coco").COCO
+COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
 
 
 def pictures(boxes, labels=None, crowd=None) -> BoxPictures:
