@@ -71,7 +71,7 @@ def test_whole_step_by_hand(keep_ratio):
         for parameter in method.ema.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         method.center.copy_(torch.linspace(-0.1, 0.1, 12))
-    method._seen_writes = method._writes()  # no move before this step
+    method._has_changed()  # no move before this step
     student, teacher, center = method.student, method.ema["backbone"], method.center.clone()
     head, teacher_head = method.heads["dino"], method.ema["head"]
     out = method(crops())

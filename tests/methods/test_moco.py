@@ -56,7 +56,7 @@ def test_whole_step_by_hand():
     with torch.no_grad():
         for parameter in method.ema.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    method._seen_writes = method._writes()  # no move before this step
+    method._has_changed()  # no move before this step
     student, average = copy.deepcopy(method.student), copy.deepcopy(method.ema["backbone"])
     project, predict, theirs = (
         copy.deepcopy(module).train()
