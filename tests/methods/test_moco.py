@@ -136,6 +136,20 @@ def test_layers_follow_a_frozen_network():
     assert all(p.requires_grad for p in teacher.parameters())
 
 
+def test_broken_frozen_network_is_skipped():
+    method = make(teacher=tiny(3).float())
+    method.teacher.float().train()  # by somebody, since
+    method(views())
+    assert not method.teacher.training
+    with torch.no_grad():
+        method.teacher.blocks[0].mlp.fc1.bias[0] = math.nan
+    with pytest.warns(UserWarning, match="the teacher's output for batch 1 "):
+        out = method(views())
+    out.loss.backward()
+    assert out.loss == 0
+    assert all(p.grad.eq(0).all() for p in method.parameters() if p.requires_grad)
+
+
 def test_modes():
     method = copy.deepcopy(make())
     assert method.ema["project"].training  # keys are normalised by their batch too
