@@ -181,8 +181,8 @@ class SelfDistillation(DistillMethod):
         self.updates = self.updates.to(weight.device)
         self.__dict__["_followed"] = dict(networks)
         self.ema = Averages(networks)
-        # All zeros: nothing has been seen. Whole numbers, which no cast touches. In no state_dict: a checkpoint is written
-        # behind a step, so that the first forward pass after it has a move to make.
+        # All zeros: nothing has been seen. Whole numbers, which no cast touches. In no state_dict: a checkpoint is
+        # written behind a step, so that the first forward pass after it has a move to make.
         self.register_buffer("_seen", torch.zeros_like(self._fingerprint()), persistent=False)
 
     def begin_step(self) -> None:
