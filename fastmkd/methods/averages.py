@@ -88,4 +88,4 @@ def fingerprint(parameters: Iterable[Tensor]) -> Tensor:
         kind, wide = BITS[parameter.element_size()]
         bits = parameter.detach().view(kind)
         found.append(bits if bits.dim() == 1 else bits.sum(dtype=wide).view(1))
-    return torch.cat([numbers.to(torch.int64) for numbers in found])
+    return torch.cat(found).to(torch.int64)

@@ -235,8 +235,10 @@ class MaskedDINO(SelfDistillation):
 
     @torch.no_grad()
     def _move_center(self, teacher: Tensor, good: Tensor) -> None:
+        """Towards the mean of the processes whose batch counts, the same on all of them; nowhere if there is none."""
         mean = teacher.flatten(0, 1).mean(0, dtype=self.center.dtype)
+        found = torch.cat((mean, torch.ones_like(mean[:1]))) * good
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(mean)
-            mean = mean / dist.get_world_size()
-        self.center += (1 - self.center_momentum) * (mean - self.center) * good
+            dist.all_reduce(found)
+        mean, count = found[:-1], found[-1]
+        self.center += (1 - self.center_momentum) * (mean / count.clamp(min=1) - self.center) * (count > 0)

@@ -57,8 +57,8 @@ class MaskedKD(ProbingMethod):
     with its distillation head, as in DeiT; its `student_output` is the mean of both, as at inference.
 
     If the teacher's output is not finite, or the images are not, the whole batch is skipped: the loss is 0 with zero
-    gradients for every parameter, and `skipped` counts and numbers such batches. Images of which the student could not
-    tell the saliency are refused instead, see `forward`.
+    gradients for every parameter, and `skipped` counts and numbers such batches. Where a strategy ranks patches by what
+    the student sees, images that are not finite are refused instead, see `forward`.
 
     Args:
         student: timm VisionTransformer (or a `MaskedViT` of one) with a CLS token; trained in place.
@@ -203,9 +203,9 @@ class MaskedKD(ProbingMethod):
         if targets is None and self.ce_weight > 0:
             raise ValueError("targets is None but ce_weight is above 0; pass classes or soft labels, or ce_weight=0.")
         lane: Lane = in_line
-        whole, fine = finite_pixels(images)
+        fine: Tensor | None = None
         if not (self.hides_patches and self.looks_at_student):  # a saliency of NaN is refused, not skipped
-            images = whole
+            images, fine = finite_pixels(images)
         parts: Sequence[Tensor] = (images,)
         if self.micro_batches > 1:
             lane = lane_between(images.device, next(self._teacher_vit.parameters()).device)
@@ -213,7 +213,7 @@ class MaskedKD(ProbingMethod):
         seen = [self._run(part, lane) for part in parts]
         # One loss on the whole batch: a base may compare images with each other, and a bad answer skips them all.
         student, teacher = join([view for view, _ in seen]), join([answer() for _, answer in seen])
-        good = fine & teacher.is_finite()
+        good = teacher.is_finite() if fine is None else teacher.is_finite() & fine
         self.skipped.note(good, fine)
         teacher = teacher.map(lambda x: torch.where(good, x, torch.zeros_like(x)))
         mean = student.logits

@@ -248,6 +248,23 @@ def test_broken_teacher_is_skipped():
     assert method.skipped.numbers == [1]
 
 
+@pytest.mark.filterwarnings("ignore:batch 0")
+@pytest.mark.parametrize("theirs_too", [True, False])
+def test_the_centre_is_that_of_the_processes_whose_batch_counts(monkeypatch, theirs_too):
+    method = make(keep_ratio=1.0)
+    with torch.no_grad():
+        method.center.copy_(torch.linspace(-0.1, 0.1, 12))
+    center, theirs = method.center.clone(), torch.randn(12, dtype=torch.float64)
+
+    def all_reduce(found):
+        found.add_(torch.cat((theirs, torch.ones(1))) * theirs_too)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    method([pictures() * math.nan, pictures()])
+    torch.testing.assert_close(method.center, 0.9 * center + 0.1 * theirs if theirs_too else center)
+
+
 def test_copies_show_and_stay_in_eval_mode():
     method = copy.deepcopy(make())
     assert not any(module.training for module in method.ema.modules())

@@ -80,12 +80,11 @@ def self_distillation(kind, **options):
 SELF_OPTIONS = [(MaskedDINO, {}), (MaskedDINO, {"keep_ratio": 1.0, "total_updates": 9}), (MoCoV3, {})]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "options"), SELF_OPTIONS)
-def test_self_distillation_reads_no_number(kind, options, dtype):
+def test_self_distillation_reads_no_number(kind, options):
     method = self_distillation(kind, **options)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        out = method.to("cuda", dtype).train()(pictures().to("cuda", dtype))
+        out = method.to("cuda").train()(pictures().to("cuda"))
     assert out.loss.is_cuda
     assert out.loss.requires_grad
 
