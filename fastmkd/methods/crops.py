@@ -22,6 +22,7 @@ def random_crops(
 
     The part's share of the area is uniform in `scale`, its aspect ratio log-uniform in `ratio`; its sides are cut to
     the image's. Everything is drawn from the global generator of the images' device, and nothing waits for the device.
+    Half precision is sampled in float32, for bfloat16 tells no pixel of 224 from the next.
 
     Args:
         images: ``(B, C, H, W)`` floating point.
@@ -54,5 +55,7 @@ def random_crops(
     zero = torch.zeros_like(width)
     sign = torch.where(flipped < flip, -1.0, 1.0)
     rows = torch.stack((sign * width, zero, centre_x, zero, height, centre_y), dim=1).view(batch, 2, 3)
-    grid = F.affine_grid(rows.to(images.dtype), [batch, images.shape[1], *size], align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    wide = torch.promote_types(images.dtype, torch.float32)
+    grid = F.affine_grid(rows.to(wide), [batch, images.shape[1], *size], align_corners=False)
+    crops = F.grid_sample(images.to(wide), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return crops.to(images.dtype)

@@ -17,8 +17,8 @@ from .choices import choose
 from .crops import random_crops
 from .dino_head import DinoHead, dino_loss
 from .panels import kept_panel, saliency_panel
-from .self_distillation import AlignWith, SelfDistillation, check_momentum
-from .skipped import SkippedBatches
+from .self_distillation import FEATURES, AlignWith, SelfDistillation, check_momentum
+from .skipped import finite_pixels
 from .strategies import STRATEGIES, MaskStrategy, Scores
 from .views import Needs, View, observe
 
@@ -59,7 +59,7 @@ class MaskedDINO(SelfDistillation):
         align_head: what is put on the student's features, see `fastmkd.DMAE`.
 
     Attributes:
-        skipped: batches that were left out because the teacher's output was not finite.
+        skipped: batches that were left out because images or a teacher's output were not finite.
 
     Raises:
         ValueError: an argument out of range, or a student that the strategy or local crops cannot use.
@@ -127,51 +127,57 @@ class MaskedDINO(SelfDistillation):
         self.heads["dino"] = DinoHead(vit.embed_dim, out_features, hidden, bottleneck)
         self.follow({"backbone": self._student_vit.model, "head": self.heads["dino"]})
         self.__dict__["_teacher_vit"] = MaskedViT(self.ema["backbone"])
-        self.register_buffer("center", torch.zeros(out_features))
+        wide = torch.promote_types(self._weight.dtype, torch.float32)
+        self.register_buffer("center", torch.zeros(out_features, dtype=wide, device=self._weight.device))
         self.keep_ratio, self.strategy = float(keep_ratio), chosen
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.center_momentum = center_momentum
         self.local_crops, self.local_size = local_crops, local_size
         self.global_scale, self.local_scale = tuple(global_scale), tuple(local_scale)
-        self.skipped = SkippedBatches()
 
     def forward(self, images: Tensor | Sequence[Tensor], targets: Any = None) -> DistillOutput:
         """Moves the teacher, runs both networks on all crops and returns the loss.
 
         Args:
             images: ``(B, C, H, W)``, of which crops are cut here (position, size and flip; no colours), or a list of
-                crops ``(B, C, h, w)`` of the caller's making, the two global ones first.
+                crops ``(B, C, h, w)`` of the caller's making, the two global ones first; others may differ in size.
             targets: not looked at.
 
         Returns:
             `DistillOutput` with the term ``dino``; `student_output` are the features ``(B, D)`` of the first crop.
 
         Raises:
-            ValueError: fewer than two crops, or crops of a size that the student does not take.
+            ValueError: fewer than two crops, crops of different batches, crops of a size that the student does not
+                take, or a saliency that is not finite (the student has diverged or a global crop that it is to rank
+                holds NaN; on a GPU an asynchronous assert).
         """
         crops = self.cut(images) if isinstance(images, Tensor) else list(images)
         if len(crops) < 2 or crops[0].shape != crops[1].shape:
             raise ValueError(
                 "images holds no two global crops of one shape; pass them first, or a batch to cut them from."
             )
+        for i, crop in enumerate(crops):
+            if crop.dim() != 4 or crop.shape[:2] != crops[0].shape[:2]:
+                raise ValueError(
+                    f"images[{i}] has the shape {tuple(crop.shape)} and images[0] {tuple(crops[0].shape)}; expected "
+                    "(B, C, h, w) with B and C the same: each crop is one of every image of the batch."
+                )
         self.begin_step()
-        large, small = torch.cat(crops[:2]), crops[2:]
-        needs = self.needs()
-        if self.keep_ratio < 1:
-            needs = needs | self.strategy.needs(self._student_vit)
-        seen = observe(self._student_vit, large, None, needs)
-        features = [self._features(seen)]
-        if small:
-            features.append(self._features(observe(self._student_vit, torch.cat(small), None, Needs(features=True))))
+        needs, ranking = self.needs(), self.strategy.needs(self._student_vit) if self.keep_ratio < 1 else Needs()
+        large, found = torch.cat(crops[:2]), [finite_pixels(crop) for crop in crops]
+        fine = torch.stack([each for _, each in found]).all()
+        if ranking == Needs():  # a saliency of NaN is refused, not skipped
+            large = torch.cat([crop for crop, _ in found[:2]])
+        seen = observe(self._student_vit, large, None, needs | ranking)
+        features = [self._features(seen), *self._local_features([crop for crop, _ in found[2:]])]
         student = self.heads["dino"](torch.cat(features)).unflatten(0, (len(crops), -1))  # (V, B, K)
-        teacher = self._ask_teacher(large, seen).unflatten(0, (2, -1))  # (2, B, K)
-        good = teacher.isfinite().all()
-        self.skipped.note(good)
-        teacher = torch.where(good, teacher, torch.zeros_like(teacher))
+        answer, taught = self._ask_teacher(large, seen), self.ask_frozen(large)
+        good, (answer, *answers) = self.judge(fine, [answer, *taught.values()])
+        taught, teacher = dict(zip(taught, answers, strict=True)), answer.unflatten(0, (2, -1))  # (2, B, K)
         loss = dino_loss(student, teacher, self.center, self.student_temperature, self.teacher_temperature)
         if self.training:
             self._move_center(teacher, good)
-        return self.output(loss, "dino", good, features[0][: len(crops[0])], self.aligned(large, seen))
+        return self.output(loss, "dino", good, features[0][: len(crops[0])], seen, taught)
 
     def cut(self, images: Tensor) -> list[Tensor]:
         """Cuts two global crops of the images' size, and the local ones.
@@ -204,10 +210,21 @@ class MaskedDINO(SelfDistillation):
             kept_panel(keep, view.grid, size),
         ]
 
-    @torch.no_grad()
+    def _local_features(self, crops: Sequence[Tensor]) -> list[Tensor]:
+        """The student's features ``(B, D)`` of each crop; those of one size run together."""
+        by_size: dict[torch.Size, list[int]] = {}
+        for i, crop in enumerate(crops):
+            by_size.setdefault(crop.shape, []).append(i)
+        found: dict[int, Tensor] = {}
+        for numbers in by_size.values():
+            together = torch.cat([crops[i] for i in numbers])
+            features = self._features(observe(self._student_vit, together, None, FEATURES))
+            found |= dict(zip(numbers, features.chunk(len(numbers)), strict=True))
+        return [found[i] for i in range(len(crops))]
+
     def _ask_teacher(self, images: Tensor, student: View) -> Tensor:
         keep = self._choose(images, student)[1] if self.keep_ratio < 1 else None
-        return self.ema["head"](self._features(observe(self._teacher_vit, images, keep, Needs(features=True))))
+        return self._observe_average(self._teacher_vit, images, keep, self.ema["head"])
 
     @torch.no_grad()
     def _choose(self, images: Tensor, student: View) -> tuple[Scores, Tensor]:
@@ -218,8 +235,10 @@ class MaskedDINO(SelfDistillation):
 
     @torch.no_grad()
     def _move_center(self, teacher: Tensor, good: Tensor) -> None:
+        """Towards the mean of the processes whose batch counts, the same on all of them; nowhere if there is none."""
         mean = teacher.flatten(0, 1).mean(0, dtype=self.center.dtype)
+        found = torch.cat((mean, torch.ones_like(mean[:1]))) * good
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(mean)
-            mean = mean / dist.get_world_size()
-        self.center += (1 - self.center_momentum) * (mean - self.center) * good
+            dist.all_reduce(found)
+        mean, count = found[:-1], found[-1]
+        self.center += (1 - self.center_momentum) * (mean / count.clamp(min=1) - self.center) * (count > 0)

@@ -26,7 +26,7 @@ from .linear_probe import ProbingMethod
 from .losses import cross_entropy
 from .maskedkd_checks import check_keep_mass, check_numbers, wrap
 from .panels import kept_panel, saliency_panel
-from .skipped import SkippedBatches
+from .skipped import SkippedBatches, finite_pixels
 from .strategies import STRATEGIES, MaskStrategy, Scores
 from .teacher_call import CompileMode, TeacherCall
 from .teacher_input import Norm, TeacherInput
@@ -56,8 +56,9 @@ class MaskedKD(ProbingMethod):
     A distilled DeiT student with ``set_distilled_training()`` learns the labels with its class head and the teacher
     with its distillation head, as in DeiT; its `student_output` is the mean of both, as at inference.
 
-    If the teacher's output is not finite, the whole batch is skipped: the loss is 0 with zero gradients for every
-    parameter, and `skipped` counts and numbers such batches.
+    If the teacher's output is not finite, or the images are not, the whole batch is skipped: the loss is 0 with zero
+    gradients for every parameter, and `skipped` counts and numbers such batches. Where a strategy ranks patches by what
+    the student sees, images that are not finite are refused instead, see `forward`.
 
     Args:
         student: timm VisionTransformer (or a `MaskedViT` of one) with a CLS token; trained in place.
@@ -89,7 +90,7 @@ class MaskedKD(ProbingMethod):
         teacher_norm: ``(mean, std)`` that the teacher expects, if it is not the student's.
 
     Attributes:
-        skipped: batches that were left out because of the teacher, see `SkippedBatches`.
+        skipped: batches that were left out because of the teacher or the images, see `SkippedBatches`.
 
     Raises:
         ValueError: an argument out of range, different class counts, networks that the base or the strategy cannot use,
@@ -202,6 +203,9 @@ class MaskedKD(ProbingMethod):
         if targets is None and self.ce_weight > 0:
             raise ValueError("targets is None but ce_weight is above 0; pass classes or soft labels, or ce_weight=0.")
         lane: Lane = in_line
+        fine: Tensor | None = None
+        if not (self.hides_patches and self.looks_at_student):  # a saliency of NaN is refused, not skipped
+            images, fine = finite_pixels(images)
         parts: Sequence[Tensor] = (images,)
         if self.micro_batches > 1:
             lane = lane_between(images.device, next(self._teacher_vit.parameters()).device)
@@ -209,8 +213,8 @@ class MaskedKD(ProbingMethod):
         seen = [self._run(part, lane) for part in parts]
         # One loss on the whole batch: a base may compare images with each other, and a bad answer skips them all.
         student, teacher = join([view for view, _ in seen]), join([answer() for _, answer in seen])
-        good = teacher.is_finite()
-        self.skipped.note(good)
+        good = teacher.is_finite() if fine is None else teacher.is_finite() & fine
+        self.skipped.note(good, fine)
         teacher = teacher.map(lambda x: torch.where(good, x, torch.zeros_like(x)))
         mean = student.logits
         if self.ce_weight > 0:

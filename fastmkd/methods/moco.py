@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..nn.vit import MaskedViT
 from .base import DistillOutput
 from .self_distillation import AlignWith, SelfDistillation
-from .skipped import SkippedBatches
-from .views import Needs, observe
+from .skipped import finite_pixels
+from .views import observe
 
 __all__ = ["MoCoV3", "contrastive_loss", "mlp"]
 
@@ -100,7 +100,7 @@ class MoCoV3(SelfDistillation):
         align_head: what is put on the student's features, see `fastmkd.DMAE`.
 
     Attributes:
-        skipped: batches that were left out because the keys were not finite.
+        skipped: batches that were left out because images, keys or the frozen teacher's features were not finite.
 
     Raises:
         ValueError: an argument out of range, or a distilled DeiT.
@@ -149,7 +149,6 @@ class MoCoV3(SelfDistillation):
         self.follow({"backbone": self._student_vit.model, "project": self.heads["project"]})
         self.__dict__["_teacher_vit"] = MaskedViT(self.ema["backbone"])
         self.temperature, self.scale = temperature, tuple(scale)
-        self.skipped = SkippedBatches()
 
     def unreachable_parameters(self, student: nn.Module) -> Iterable[str]:
         """Names the classifier's parameters and, if it is frozen, the patch embedding's.
@@ -178,23 +177,24 @@ class MoCoV3(SelfDistillation):
         if len(views) != 2 or views[0].shape != views[1].shape:
             raise ValueError("images holds no two views of one shape; pass two, or a batch to cut them from.")
         self.begin_step()
-        images = torch.cat(views)
+        images, fine = finite_pixels(torch.cat(views))
         student = observe(self._student_vit, images, None, self.needs())
         features = self._features(student)
         # Each view has its own batch statistics, as if it were alone.
         queries = [self.heads["predict"](self.heads["project"](part)) for part in features.chunk(2)]
-        with torch.no_grad():
-            seen = self._features(observe(self._teacher_vit, images, None, Needs(features=True)))
-            keys = [self.ema["project"](part) for part in seen.chunk(2)]
-        good = torch.stack([key.isfinite().all() for key in keys]).all()
-        self.skipped.note(good)
-        keys = [torch.where(good, key, torch.zeros_like(key)) for key in keys]
+        keys = self._observe_average(self._teacher_vit, images, None, self._keys)
+        taught = self.ask_frozen(images)
+        good, (keys, *answers) = self.judge(fine, [keys, *taught.values()])
         # In training batches are equally long on all ranks; those of a test need not be.
         first, second = (
             contrastive_loss(*pair, self.temperature, everywhere=self.training)
-            for pair in zip(queries, keys[::-1], strict=True)
+            for pair in zip(queries, keys.chunk(2)[::-1], strict=True)
         )
-        return self.output(first + second, "moco", good, features[: len(views[0])], self.aligned(images, student))
+        taught = dict(zip(taught, answers, strict=True))
+        return self.output(first + second, "moco", good, features[: len(views[0])], student, taught)
+
+    def _keys(self, features: Tensor) -> Tensor:
+        return torch.cat([self.ema["project"](part) for part in features.chunk(2)])
 
     def train(self, mode: bool = True) -> Self:
         """Sets the student's and the heads' mode; the averages' batch norms go with them, the rest is in eval mode.

@@ -7,9 +7,9 @@ A layer of the student may follow one of a frozen network besides (DMAE, Section
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -17,12 +17,17 @@ from torch import Tensor, nn
 
 from ..nn.vit import MaskedViT
 from .alignment import HEADS, Alignment, Layers, check_pair, observe_blocks, pair_layers, prefix_length
+from .averages import HALF, Averages, at_least_float32, fingerprint
 from .base import DistillMethod, DistillOutput
 from .crops import random_crops
 from .maskedkd_checks import wrap
-from .views import Needs, View, blocks_of, classifier_of
+from .skipped import SkippedBatches
+from .teacher_call import TeacherCall
+from .views import Needs, View, blocks_of, classifier_of, observe
 
 __all__ = ["AlignWith", "SelfDistillation", "check_momentum"]
+
+FEATURES = Needs(features=True)
 
 
 class AlignWith(NamedTuple):
@@ -47,7 +52,12 @@ class SelfDistillation(DistillMethod):
     """Base of methods whose teacher follows the student, with momentum m from `momentum` to 1 along half a cosine.
 
     The averages are part of ``state_dict()``, under ``ema.``, but not trained. They move at the beginning of a step if
-    the student's weights have changed since the last one, so any loop and gradient accumulation will do.
+    the student's weights have changed since the last one, so any loop and gradient accumulation will do. Whether they
+    have is found out on the device, see `fingerprint`. The averages of a student in half precision are kept in float32
+    and run under autocast to the student's dtype.
+
+    If images, or what a teacher makes of them, are not finite, the whole batch is skipped: the loss is 0 with zero
+    gradients for every parameter, and `skipped` counts and numbers such batches.
 
     Args:
         student: timm VisionTransformer (or a `MaskedViT`); trained in place. Its classifier is not used.
@@ -61,8 +71,9 @@ class SelfDistillation(DistillMethod):
     """
 
     pretrains = True
-    ema: nn.ModuleDict
+    ema: Averages
     updates: Tensor
+    _seen: Tensor
     _student_vit: MaskedViT
 
     def __init__(
@@ -87,10 +98,11 @@ class SelfDistillation(DistillMethod):
             other, layers = checked
             self.__dict__["_frozen_vit"] = other
             self.heads["align"] = Alignment(vit, other, layers, align.head, patches_only=True)
+        self._frozen_call = TeacherCall(observe_blocks)
         self.momentum, self.total_updates = momentum, total_updates
-        self.ema = nn.ModuleDict()
+        self.ema = Averages()
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self._seen_writes: int | None = None
+        self.skipped = SkippedBatches()
 
     def _check_alignment(self, vit: MaskedViT, align: AlignWith) -> tuple[MaskedViT, list[tuple[int, int]]]:
         if not (align.alpha >= 0 and math.isfinite(align.alpha)):
@@ -109,24 +121,36 @@ class SelfDistillation(DistillMethod):
         align: Any = self.heads["align"]
         return Needs(features=True, blocks=frozenset(align.student_blocks))
 
-    def aligned(self, images: Tensor, student: View) -> Tensor | None:
-        """Returns how far the student's aligned layers are from the frozen teacher's, None without one.
+    def ask_frozen(self, images: Tensor) -> dict[int, Tensor]:
+        """Returns the patch tokens ``(B, N, D)`` of the frozen teacher's aligned layers by index; none without one.
 
         Args:
             images: ``(B, C, H, W)``.
-            student: what it made of them, with all that `needs` names.
         """
         if "align" not in self.heads:
-            return None
+            return {}
         align: Any = self.heads["align"]
-        with torch.no_grad():
-            blocks = align.teacher_blocks
-            found = observe_blocks(self.__dict__["_frozen_vit"], images, None, blocks).tokens
-        prefix = prefix_length(self.__dict__["_frozen_vit"])
-        patches = {block: tokens[:, prefix:] for block, tokens in found.items()}
-        return torch.stack([error.mean() for error in align(student.blocks, patches)]).sum()
+        vit = self.__dict__["_frozen_vit"]
+        found = self._frozen_call(vit, images, None, align.teacher_blocks).tokens
+        return {block: tokens[:, prefix_length(vit) :] for block, tokens in found.items()}
 
-    def output(self, loss: Tensor, name: str, good: Tensor, features: Tensor, aligned: Tensor | None) -> DistillOutput:
+    def judge(self, fine: Tensor, answers: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Notes whether the batch counts.
+
+        Args:
+            fine: whether its images are finite, a boolean scalar.
+            answers: what the teachers made of it.
+
+        Returns:
+            Boolean scalar, False if it is left out, and the answers, zeros if so.
+        """
+        good = torch.stack([fine, *(answer.isfinite().all() for answer in answers)]).all()
+        self.skipped.note(good, fine)
+        return good, [torch.where(good, answer, torch.zeros_like(answer)) for answer in answers]
+
+    def output(
+        self, loss: Tensor, name: str, good: Tensor, features: Tensor, student: View, taught: Mapping[int, Tensor]
+    ) -> DistillOutput:
         """Returns the loss with the alignment, if there is one, and its terms; zero if the batch is left out.
 
         Args:
@@ -134,46 +158,61 @@ class SelfDistillation(DistillMethod):
             name: of its term.
             good: boolean scalar, False leaves the batch out.
             features: ``(B, D)`` of the first view.
-            aligned: from `aligned`.
+            student: what it made of the whole images, with all that `needs` names.
+            taught: from `ask_frozen`, finite.
         """
         loss = loss * good
         terms = {name: loss.detach()}
-        if aligned is not None:
+        if "align" in self.heads:
+            errors = self.heads["align"](student.blocks, taught)
+            aligned = torch.stack([error.mean() for error in errors]).sum() * good
             terms["align"] = aligned.detach()
-            loss = loss + self.alpha * aligned * good
+            loss = loss + self.alpha * aligned
         return DistillOutput(loss, terms, features)
 
     def follow(self, networks: Mapping[str, nn.Module]) -> None:
-        """Makes the averages, as copies.
+        """Puts heads and buffers where the student is and makes the averages, as copies.
 
         Args:
             networks: what is averaged, by its name in `ema`.
         """
+        weight = self._weight
+        self.heads.to(device=weight.device, dtype=weight.dtype)
+        self.updates = self.updates.to(weight.device)
         self.__dict__["_followed"] = dict(networks)
-        for name, network in networks.items():
-            self.ema[name] = copy.deepcopy(network)
-        self.ema.requires_grad_(False).eval()
+        self.ema = Averages(networks)
+        # All zeros: nothing has been seen. Whole numbers, which no cast touches. In no state_dict: a checkpoint is
+        # written behind a step, so that the first forward pass after it has a move to make.
+        self.register_buffer("_seen", torch.zeros_like(self._fingerprint()), persistent=False)
 
     def begin_step(self) -> None:
         """Moves the averages if the student has changed since the last step; to be called first in `forward`."""
-        if self.training and self._seen_writes != (writes := self._writes()):
-            self.update_teacher()
-            self._seen_writes = writes
+        if self.training:
+            self.update_teacher(self._has_changed())
 
     @torch.no_grad()
-    def update_teacher(self) -> None:
-        """Moves the averages towards the student; `begin_step` calls it by itself."""
+    def update_teacher(self, changed: Tensor | None = None) -> None:
+        """Moves the averages towards the student; `begin_step` calls it by itself.
+
+        Args:
+            changed: boolean scalar on the device, False moves nothing; None is True.
+        """
+        share = 1 - self.current_momentum()
+        if changed is None:
+            changed = torch.ones_like(share, dtype=torch.bool)
+        elif changed.device.type == "cpu" and not torch.compiler.is_compiling() and not changed:
+            return  # a CPU is asked at no cost; a GPU moves by nothing
         teacher: list[Tensor] = list(self.ema.parameters())
         student: list[Tensor] = list(self._followed_parameters())
         step = list(torch._foreach_sub(student, teacher))
-        torch._foreach_mul_(step, 1 - self.current_momentum().to(step[0].dtype))
+        torch._foreach_mul_(step, (share * changed).to(step[0].dtype))
         torch._foreach_add_(teacher, step)
-        self.updates += 1
+        self.updates += changed
 
     def current_momentum(self) -> Tensor:
         """Returns m of the next update, a scalar on the device."""
         if self.total_updates is None:
-            return torch.tensor(self.momentum, dtype=torch.float32, device=self.updates.device)
+            return torch.full((), self.momentum, dtype=torch.float32, device=self.updates.device)
         progress = (self.updates.float() / self.total_updates).clamp(max=1)
         return 1 - (1 - self.momentum) * (torch.cos(math.pi * progress) + 1) / 2
 
@@ -206,6 +245,22 @@ class SelfDistillation(DistillMethod):
         self.ema.eval()
         return self
 
+    @property
+    def _weight(self) -> Tensor:
+        """A weight of the student, where it is and as wide as it is."""
+        weight: Tensor = self._student_vit.model.patch_embed.proj.weight
+        return weight
+
+    def _observe_average(
+        self, vit: MaskedViT, images: Tensor, keep: Tensor | None, head: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """What an average and its head make of images, in the student's precision."""
+        weight, half = self._weight, self._weight.dtype in HALF
+        precision = torch.autocast(weight.device.type, weight.dtype) if half else contextlib.nullcontext()
+        with torch.no_grad(), precision:
+            features = self._features(observe(vit, images.to(vit.model.patch_embed.proj.weight.dtype), keep, FEATURES))
+            return head(features)
+
     def _features(self, view: View) -> Tensor:
         assert view.features is not None
         return view.features
@@ -213,9 +268,31 @@ class SelfDistillation(DistillMethod):
     def _followed_parameters(self) -> Iterable[nn.Parameter]:
         return (p for network in self.__dict__["_followed"].values() for p in network.parameters())
 
-    def _writes(self) -> int:
-        """A number that grows whenever somebody writes to what is averaged."""
-        return sum(p._version for p in self._followed_parameters())
+    def _fingerprint(self) -> Tensor:
+        """Of what is averaged, behind a one, so that it is never all zeros."""
+        found = fingerprint(self._followed_parameters())
+        return torch.cat((torch.ones_like(found[:1]), found))
+
+    def _has_changed(self) -> Tensor:
+        """Whether what is averaged is another than at the last call, a boolean scalar on the device."""
+        now = self._fingerprint()
+        changed = (now != self._seen).any()
+        self._seen.copy_(now)
+        return changed
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._seen.zero_()  # what was loaded may lag by a step behind the same student
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():  # the centre is an average too
+            after = self._buffers[name]
+            assert buffer is not None
+            assert after is not None
+            self._buffers[name] = at_least_float32(buffer, after)
+        return self
 
 
 def check_momentum(name: str, value: float) -> None:

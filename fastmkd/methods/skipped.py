@@ -1,4 +1,4 @@
-"""Which batches a method left out because its teacher answered with NaN or infinity."""
+"""Which batches a method left out because NaN or infinity came from its teacher or stood in the images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,27 @@ import warnings
 import torch
 from torch import Tensor
 
-__all__ = ["SkippedBatches"]
+__all__ = ["SkippedBatches", "finite_pixels"]
 
 REMEMBERED = 16
+
+
+def finite_pixels(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns images without NaN and infinity, and whether there were none, as a boolean scalar on the device.
+
+    A batch that is left out must still run: its loss times zero is zero, and so are its gradients, only if nothing on
+    the way is NaN. Broken pixels alone become zeros, so that the running statistics of a batch norm, which a NaN would
+    spoil for good, see nearly the images they would have seen.
+
+    Args:
+        images: ``(B, C, H, W)``.
+
+    Example:
+        >>> finite_pixels(torch.tensor([1.0, float("nan")]))
+        (tensor([1., 0.]), tensor(False))
+    """
+    finite = images.isfinite()
+    return torch.where(finite, images, 0), finite.all()
 
 
 class SkippedBatches:
@@ -31,11 +49,12 @@ class SkippedBatches:
         self._skipped: Tensor | None = None
         self._numbers: Tensor | None = None
 
-    def note(self, good: Tensor) -> None:
+    def note(self, good: Tensor, images: Tensor | None = None) -> None:
         """Counts a batch.
 
         Args:
             good: boolean scalar; False if the batch is skipped.
+            images: boolean scalar; False if it is because of the images. None is True.
         """
         if self._seen is None or self._seen.device != good.device:
             self._seen = torch.zeros((), dtype=torch.int64, device=good.device)
@@ -47,11 +66,15 @@ class SkippedBatches:
         cell = torch.where(good, REMEMBERED, self._skipped.clamp(max=REMEMBERED))
         self._numbers.scatter_(0, cell.view(1), self._seen.view(1))
         if good.device.type == "cpu" and not torch.compiler.is_compiling() and not good:
-            warnings.warn(
-                f"the teacher's output for batch {int(self._seen)} (the first this method saw is 0) is not finite; the "
-                "batch is skipped. Look at that batch's images, or run the teacher in float32 (teacher_dtype).",
-                stacklevel=3,
-            )
+            number = f"batch {int(self._seen)} (the first this method saw is 0)"
+            if images is None or images:
+                said = (
+                    f"the teacher's output for {number} is not finite; the batch is skipped. Look at that batch's "
+                    "images, or run the teacher in float32 (teacher_dtype)."
+                )
+            else:
+                said = f"{number} has images with NaN or infinity; the batch is skipped. Look at where they come from."
+            warnings.warn(said, stacklevel=3)
         self._skipped += ~good
         self._seen += 1
 

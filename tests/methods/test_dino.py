@@ -71,7 +71,7 @@ def test_whole_step_by_hand(keep_ratio):
         for parameter in method.ema.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         method.center.copy_(torch.linspace(-0.1, 0.1, 12))
-    method._seen_writes = method._writes()  # no move before this step
+    method._has_changed()  # no move before this step
     student, teacher, center = method.student, method.ema["backbone"], method.center.clone()
     head, teacher_head = method.heads["dino"], method.ema["head"]
     out = method(crops())
@@ -193,6 +193,46 @@ def test_layers_follow_a_frozen_network():
     assert all(p.grad is not None for p in method.heads["align"].parameters())
 
 
+def test_local_crops_of_several_sizes():
+    method = make()
+    given = [*crops()[:2], pictures(16), pictures(24), pictures(16).flip(1), pictures(24).flip(2)]
+    assert method(crops()).loss.isfinite()
+    center = method.center.clone()
+    out = method(given)
+    seen = [method.heads["dino"](masked_vit_forward(method.student, crop)) for crop in given]
+    kept = [masked_vit_saliency(method.student, crop).topk(8, dim=1).indices for crop in given[:2]]
+    answers = [
+        method.ema["head"](masked_vit_forward(method.ema["backbone"], crop, keep))
+        for crop, keep in zip(given[:2], kept, strict=True)
+    ]
+    torch.testing.assert_close(out.loss, dino_loss(torch.stack(seen), torch.stack(answers), center))
+    # A crop that the loss took for another one's would get its gradient.
+    logits = method.heads["dino"](torch.cat(method._local_features(given[2:])))
+    torch.testing.assert_close(logits, torch.cat(seen[2:]))
+
+
+@pytest.mark.parametrize("make_frozen", [lambda net: net.bfloat16(), lambda net: net.float(), lambda net: net.train()])
+def test_frozen_networks_of_any_precision_and_mode(make_frozen):
+    dropping = {"proj_drop_rate": 0.5, "attn_drop_rate": 0.5}
+    expected = make(teacher=tiny(3, **dropping).double())(crops()).terms["align"]
+    method = make(teacher=tiny(3, **dropping).double())
+    make_frozen(method.teacher)
+    torch.testing.assert_close(method(crops()).terms["align"], expected, rtol=0.02, atol=0)
+
+
+def test_broken_frozen_network_is_skipped():
+    method = make(teacher=tiny(3).double())
+    with torch.no_grad():
+        method.teacher.blocks[0].mlp.fc1.bias[0] = math.nan
+    with pytest.warns(UserWarning, match="the teacher's output for batch 0 "):
+        out = method(crops())
+    out.loss.backward()
+    assert out.loss == 0
+    assert out.terms == {"dino": 0, "align": 0}
+    assert all(p.grad.eq(0).all() for p in method.parameters() if p.requires_grad)
+    assert method.skipped.numbers == [0]
+
+
 def test_broken_teacher_is_skipped():
     method = make()
     method(crops())
@@ -206,6 +246,23 @@ def test_broken_teacher_is_skipped():
     assert all(p.grad.eq(0).all() for p in method.parameters() if p.requires_grad)
     assert torch.equal(method.center, center)
     assert method.skipped.numbers == [1]
+
+
+@pytest.mark.filterwarnings("ignore:batch 0")
+@pytest.mark.parametrize("theirs_too", [True, False])
+def test_the_centre_is_that_of_the_processes_whose_batch_counts(monkeypatch, theirs_too):
+    method = make(keep_ratio=1.0)
+    with torch.no_grad():
+        method.center.copy_(torch.linspace(-0.1, 0.1, 12))
+    center, theirs = method.center.clone(), torch.randn(12, dtype=torch.float64)
+
+    def all_reduce(found):
+        found.add_(torch.cat((theirs, torch.ones(1))) * theirs_too)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    method([pictures() * math.nan, pictures()])
+    torch.testing.assert_close(method.center, 0.9 * center + 0.1 * theirs if theirs_too else center)
 
 
 def test_copies_show_and_stay_in_eval_mode():
@@ -238,6 +295,17 @@ def test_own_crops():
     torch.testing.assert_close(whole, image, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_crops_in_half_precision_are_those_of_float32(dtype):
+    images = pictures(224).to(dtype)
+    found = []
+    for given in (images, images.float()):
+        torch.manual_seed(1)
+        found.append(random_crops(given, (96, 96), (0.05, 0.4)))
+    assert found[0].dtype == dtype
+    assert torch.equal(found[0], found[1].to(dtype))
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -264,6 +332,9 @@ def test_refuses_students_and_crops():
         MaskedDINO(tiny(0, VisionTransformerDistilled), out_features=4, local_crops=0)
     with pytest.raises(ValueError, match="no two global crops"):
         make()([pictures()])
+    for wrong in (pictures(16, count=2), pictures(16)[:, :2], pictures(16)[0]):
+        with pytest.raises(ValueError, match=r"images\[3\] has the shape .* each crop is one of every image"):
+            make()([*crops()[:3], wrong])
     with pytest.raises(ValueError, match="scale is"):
         random_crops(pictures(), (8, 8), (0.5, 0.1))
     with pytest.raises(ValueError, match="ratio is"):

@@ -56,7 +56,7 @@ def test_whole_step_by_hand():
     with torch.no_grad():
         for parameter in method.ema.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    method._seen_writes = method._writes()  # no move before this step
+    method._has_changed()  # no move before this step
     student, average = copy.deepcopy(method.student), copy.deepcopy(method.ema["backbone"])
     project, predict, theirs = (
         copy.deepcopy(module).train()
@@ -134,6 +134,20 @@ def test_layers_follow_a_frozen_network():
     assert not any("teacher" in key or "frozen" in key for key in method.state_dict())
     method.release()
     assert all(p.requires_grad for p in teacher.parameters())
+
+
+def test_broken_frozen_network_is_skipped():
+    method = make(teacher=tiny(3).float())
+    method.teacher.float().train()  # by somebody, since
+    method(views())
+    assert not method.teacher.training
+    with torch.no_grad():
+        method.teacher.blocks[0].mlp.fc1.bias[0] = math.nan
+    with pytest.warns(UserWarning, match="the teacher's output for batch 1 "):
+        out = method(views())
+    out.loss.backward()
+    assert out.loss == 0
+    assert all(p.grad.eq(0).all() for p in method.parameters() if p.requires_grad)
 
 
 def test_modes():

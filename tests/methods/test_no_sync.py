@@ -11,7 +11,7 @@ from tiny_vits import TARGETS, pictures, tiny
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from fastmkd import DMAE, DPK, MKD, MaskedKD
-from fastmkd.methods import FeatureKD
+from fastmkd.methods import FeatureKD, MaskedDINO, MoCoV3
 from fastmkd.methods.crd import CRD
 from fastmkd.methods.fgd import FGDImitation
 
@@ -69,6 +69,42 @@ def test_dmae_reads_no_number(options):
         out = method.to("cuda").train()(pictures().to("cuda"))
     assert out.loss.is_cuda
     assert out.loss.requires_grad
+
+
+def self_distillation(kind, **options):
+    sizes = {"hidden": 16, "out_features": 8, "teacher": tiny(3)}
+    sizes |= {"bottleneck": 8, "local_crops": 1} if kind is MaskedDINO else {}
+    return kind(tiny(0, num_classes=0, dynamic_img_size=True), **sizes, **options)
+
+
+SELF_OPTIONS = [(MaskedDINO, {}), (MaskedDINO, {"keep_ratio": 1.0, "total_updates": 9}), (MoCoV3, {})]
+
+
+@pytest.mark.parametrize(("kind", "options"), SELF_OPTIONS)
+def test_self_distillation_reads_no_number(kind, options):
+    method = self_distillation(kind, **options)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out = method.to("cuda").train()(pictures().to("cuda"))
+    assert out.loss.is_cuda
+    assert out.loss.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "options"), SELF_OPTIONS)
+def test_a_step_of_self_distillation_does_not_wait_for_the_gpu(kind, options):
+    method, images = self_distillation(kind, **options).float().cuda().train(), pictures().float().cuda()
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], fused=True)
+    for _ in range(4):
+        step(lambda x, _: method(x), images, None)
+        optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = step(lambda x, _: method(x), images, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+    assert int(method.updates) == 5
 
 
 @pytest.mark.gpu
