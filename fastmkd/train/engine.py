@@ -27,7 +27,7 @@ from .logs import RunLog, headline
 from .meter import Meter
 from .optim import Schedule, build_optimizer
 from .over_training import Snapshots
-from .resuming import bad_pictures, resume, save
+from .resuming import bad_pictures, left_out_batches, resume, save
 from .rundir import RunDir
 from .schema import Recipe
 from .seeds import seed_all
@@ -47,7 +47,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     Returns:
         What ``result.json`` holds: ``top1``, ``top5`` and ``loss`` on the test pictures (of a detector ``map`` and its
         like, of a method that pre-trains its loss and terms there), ``epochs``, ``updates``, ``seconds``,
-        ``images_per_second``, ``milliseconds_per_update``, ``skipped_updates``, ``bad_pictures``, ``weights``.
+        ``images_per_second``, ``milliseconds_per_update``, ``skipped_updates``, ``skipped_batches``,
+        ``bad_pictures``, ``weights``.
 
     Raises:
         UserError: the recipe or the data do not fit, the folder belongs to another run, or the loss is not finite.
@@ -96,6 +97,7 @@ class Trainer:
         self.total = recipe.schedule.epochs * self.updates_per_epoch
         self.step = 0  # updates done
         self.bad: dict[str, str] = {}  # pictures that could not be read before it was resumed
+        self.left_out = 0  # batches that the method left out before it was resumed
         self.origin: dict[str, str] | None = None  # which checkpoint `run.resume` made it go on from
 
         device, augment = accelerator.device, recipe.augment
@@ -181,6 +183,9 @@ class Trainer:
             bad = sorted(bad_pictures(self))
             if bad:
                 log.say(f"{len(bad)} pictures could not be read and were skipped: {shorten(bad)}")
+            left_out = left_out_batches(self)
+            if left_out:
+                log.say(f"{left_out} batches were left out, whose images or teacher's answers were not finite.")
         updates = max(1, self.step - start)
         result = {
             "name": recipe.name,
@@ -191,6 +196,7 @@ class Trainer:
             "images_per_second": meter.images / max(meter.seconds, 1e-9),
             "milliseconds_per_update": 1e3 * meter.seconds / updates,
             "skipped_updates": self.skips.count,
+            "skipped_batches": left_out,
             "bad_pictures": bad,
             "weights": str(self.run.weights),
         }

@@ -26,7 +26,7 @@ from .together import by_all, from_main
 if TYPE_CHECKING:
     from .engine import Trainer
 
-__all__ = ["bad_pictures", "resume", "save"]
+__all__ = ["bad_pictures", "left_out_batches", "resume", "save"]
 
 SHARED = "run.dir (and run.resume, if it is a path) must be a folder that all processes see"
 
@@ -53,6 +53,7 @@ def save(trainer: Trainer) -> None:
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "bad": bad_pictures(trainer),
         "skipped": trainer.skips.count,
+        "left_out": left_out_batches(trainer),
         "from": trainer.origin,
     }
     if accelerator.is_main_process:
@@ -70,6 +71,18 @@ def bad_pictures(trainer: Trainer) -> dict[str, str]:
 
     mine = {**trainer.bad, **trainer.loader.bad, **trainer.test_loader.bad}
     return {name: reason for bad in gather_object([mine]) for name, reason in bad.items()}
+
+
+def left_out_batches(trainer: Trainer) -> int:
+    """Returns how many batches the method left out on any process so far; every process must call it.
+
+    Args:
+        trainer: the run.
+    """
+    from accelerate.utils import gather_object
+
+    skipped: Any = getattr(trainer.setup.method, "skipped", None)  # not every method leaves batches out
+    return trainer.left_out + sum(gather_object([0 if skipped is None else skipped.count]))
 
 
 def resume(trainer: Trainer) -> list[str]:
@@ -204,4 +217,5 @@ def _take_up(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
     trainer.bad, trainer.skips.count = dict(state["bad"]), state.get("skipped", 0)
+    trainer.left_out = state.get("left_out", 0)
     trainer.step = checkpoint.step

@@ -119,3 +119,28 @@ def test_leave_alone_changes_no_bit_and_a_resumed_run_counts_on(recipes, bad_upd
     assert run("again", skip=2)["skipped_updates"] == 2
     for key, value in weights("whole").items():
         assert torch.equal(value, weights("again")[key]), key
+
+
+def test_batches_that_a_method_leaves_out_are_counted_and_said(recipes, bad_updates, capsys, monkeypatch):
+    bad_updates.update({1, 3})
+    options = ["--method.init_args.strategy=random", "--data.batch_size=8", "--optim.accumulate=2", "--name=out"]
+    recipe = load_recipe("student.yaml", [*options, "--schedule.epochs=2", "--run.save_every=1"])
+    with pytest.warns(UserWarning, match="has images with NaN or infinity; the batch is skipped"):
+        result = train(recipe)
+    assert (result["skipped_batches"], result["skipped_updates"]) == (2, 0)
+    assert "2 batches were left out, whose images" in " ".join(capsys.readouterr().out.split())
+    assert all(value.isfinite().all() for value in weights("out").values())
+
+    trained = Trainer._train_epoch
+    crashing = load_recipe("student.yaml", [*options[:-1], "--name=again", "--schedule.epochs=2", "--run.save_every=1"])
+
+    def first_only(self, epoch, *rest):
+        if epoch:
+            raise KeyboardInterrupt
+        trained(self, epoch, *rest)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", first_only)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="NaN"):
+        train(crashing)
+    monkeypatch.setattr(Trainer, "_train_epoch", trained)
+    assert train(crashing)["skipped_batches"] == 2  # those before the crash
