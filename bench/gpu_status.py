@@ -40,6 +40,9 @@ BEYOND = {
     "a DMAE step never waits for the GPU": (
         "tests/methods/test_no_sync.py::test_a_step_of_dmae_does_not_wait_for_the_gpu"
     ),
+    "steps of MaskedDINO and MoCo v3 never wait for the GPU": (
+        "tests/methods/test_no_sync.py::test_a_step_of_self_distillation_does_not_wait_for_the_gpu"
+    ),
     "a DPK step never waits for the GPU": "tests/methods/test_dpk.py::test_a_step_does_not_wait_for_the_gpu",
     "FGD's term never waits for the GPU": "tests/methods/test_fgd.py::test_a_step_does_not_wait_for_the_gpu",
     "student on the GPU, teacher pinned elsewhere": "tests/methods/test_maskedkd.py::test_pinned_teacher_on_the_cpu",

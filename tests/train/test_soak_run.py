@@ -30,7 +30,7 @@ run: {device: cpu, log_every: 1, save_every: 1, panels: 4}
 
 # `Trainer.test` ends an epoch; what is held then goes into the next. Reading processes start by importing this file.
 WORKER = """
-import gc, json, multiprocessing, os, sys
+import gc, json, multiprocessing, os, sys, threading, time
 from pathlib import Path
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -59,6 +59,14 @@ def held():
     }
 
 
+def when_quiet():
+    "Threads that feed the readers' queues end a moment after they were told to."
+    deadline = time.monotonic() + 20
+    while threading.active_count() > 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return held()
+
+
 def test(self):
     scores = tested(self)
     after_epochs.append(held())
@@ -72,10 +80,10 @@ def main(runs, epochs):
     Trainer.test = test
     for number in range(runs):
         train(load_recipe("soak.yaml", [f"--name=short{number}", "--schedule.epochs=2"]))
-        after_runs.append(held())
+        after_runs.append(when_quiet())
     after_epochs.clear()
     train(load_recipe("soak.yaml", [f"--schedule.epochs={epochs}"]))
-    after_runs.append(held())
+    after_runs.append(when_quiet())
     Path("held.json").write_text(json.dumps({"runs": after_runs, "epochs": after_epochs}))
 
 
