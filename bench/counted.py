@@ -43,6 +43,10 @@ def operations(run: Callable[[], Any]) -> int:
     fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
     if fused is not None:
         formulas[fused] = _raw(lambda x, weight, *_, **__: 2 * x.numel() * weight.shape[0])
+    # PyTorch 2.11 does not count it; the sizes are (B, H, L, d).
+    formulas[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = _raw(
+        lambda q, k, v, *_, **__: 2 * q.shape[:3].numel() * k.shape[2] * (q.shape[3] + v.shape[3])
+    )
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with counter:
         run()
