@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from dense_nets import SMALL, Segmenter
@@ -38,6 +40,17 @@ def step(method, images, targets):
         out = method(images, targets)
     out.loss.backward()
     return out.loss
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """Whoever waits for the GPU, or reads a number from it, fails."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def on_fake_gpu(options, targets):
@@ -97,12 +110,8 @@ def test_a_step_of_self_distillation_does_not_wait_for_the_gpu(kind, options):
     for _ in range(4):
         step(lambda x, _: method(x), images, None)
         optimizer.step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         loss = step(lambda x, _: method(x), images, None)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
     assert int(method.updates) == 5
 
@@ -113,12 +122,8 @@ def test_a_step_of_dmae_does_not_wait_for_the_gpu(options):
     method, images = dmae(**options).float().cuda().train(), pictures().float().cuda()
     for _ in range(4):
         step(lambda x, _: method(x), images, None)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         loss = step(lambda x, _: method(x), images, None)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
 
 
@@ -184,12 +189,8 @@ def test_a_step_does_not_wait_for_the_gpu(options):
     images, targets = pictures().float().cuda(), TARGETS.cuda()
     for _ in range(4):  # the first use of an op may measure, the first ones of CUDA graphs record
         step(method, images, targets)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         loss = step(method, images, targets)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
 
 
