@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dpk_stage import resize
-from .losses import logit_kd
+from .losses import logit_kd, squared_error
 
 __all__ = [
     "Answers",
@@ -158,7 +158,7 @@ class FitNet(Baseline):
         errors = []
         for adapt, s, t in zip(heads.values(), student.maps, teacher.maps, strict=True):
             adapted = adapt(resize(s, (t.shape[2], t.shape[3])))
-            errors.append(F.mse_loss(_wide(adapted), _wide(t)))
+            errors.append(squared_error(adapted, t))
         return torch.stack(errors).sum()
 
 
@@ -198,7 +198,7 @@ class AttentionTransfer(Baseline):
         for s, t in zip(student.maps, teacher.maps, strict=True):
             size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
             own, other = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (s, t))
-            errors.append(F.mse_loss(self.attention(own), self.attention(other)))
+            errors.append(squared_error(self.attention(own), self.attention(other)))
         return torch.stack(errors).sum()
 
 
@@ -366,12 +366,13 @@ def context_error(x: Tensor, y: Tensor) -> Tensor:
         tensor(1.)
     """
     x, y = _wide(x), _wide(y)
-    weight, total, error = 1.0, 1.0, F.mse_loss(x, y)
+    weight, total, error = 1.0, 1.0, squared_error(x, y)
     for parts in (4, 2, 1):
         if parts < x.shape[2]:
             weight /= 2
             total += weight
-            error = error + weight * F.mse_loss(F.adaptive_avg_pool2d(x, parts), F.adaptive_avg_pool2d(y, parts))
+            smaller, other = (F.adaptive_avg_pool2d(each, parts) for each in (x, y))
+            error = error + weight * squared_error(smaller, other)
     return error / total
 
 

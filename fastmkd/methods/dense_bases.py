@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.masks import cell_scores
@@ -15,6 +14,7 @@ from .dense_base import DenseBase, DenseStep, adapt_level, adapted_levels, adapt
 from .dense_method import LevelShape
 from .dpk_ratio import RatioRule
 from .fgd import FGDImitation, attention_weights
+from .losses import squared_error
 from .mkd_losses import Relation, channel_logit_loss
 
 __all__ = ["CWD", "DPKFGD", "FGD", "MGD", "DenseBase", "DenseStep", "Hint"]
@@ -50,7 +50,7 @@ class Hint(DenseBase):
             step: not looked at.
         """
         adapted = adapted_levels(heads, student, teacher)
-        return torch.stack([F.mse_loss(wide(s), wide(t)) for s, t in zip(adapted, teacher, strict=True)]).sum()
+        return torch.stack([squared_error(s, t) for s, t in zip(adapted, teacher, strict=True)]).sum()
 
 
 class CWD(DenseBase):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cross_entropy", "logit_kd"]
+__all__ = ["cross_entropy", "logit_kd", "squared_error"]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -81,6 +81,25 @@ def logit_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
     student = F.log_softmax(_wide(student_logits) / temperature, dim=1)
     teacher = F.log_softmax(_wide(teacher_logits.detach()) / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Returns the mean squared error of two tensors, which may differ in precision.
+
+    Args:
+        student: any shape, floating point.
+        teacher: of the same shape.
+
+    Returns:
+        Scalar in the wider of both precisions, float32 at least.
+
+    Example:
+        >>> squared_error(torch.ones(2, 3).bfloat16(), torch.zeros(2, 3))
+        tensor(1.)
+    """
+    # One dtype for both: PyTorch 2.11's mse_loss takes two but has no gradient for them.
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    return F.mse_loss(student.to(dtype), teacher.to(dtype))
 
 
 def _check_logits(name: str, logits: Tensor) -> None:
