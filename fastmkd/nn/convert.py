@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .masked_act import MaskedHardswish
 from .masked_conv import MaskedConv2d
 from .masked_norm import MaskedBatchNorm2d, MaskedSyncBatchNorm, VisibleStatistics
+from .masked_resize import MODES
 
 __all__ = ["convert_cnn", "revert_cnn"]
 
@@ -32,7 +33,6 @@ _UNSUPPORTED = (
     nn.ConvTranspose2d,
     nn.InstanceNorm2d,
     nn.LocalResponseNorm,
-    nn.Upsample,
     nn.PixelShuffle,
     nn.PixelUnshuffle,
     nn.Fold,
@@ -52,8 +52,8 @@ def convert_cnn(model: Model, stats: str = "visible") -> Model:
     """Makes a CNN take packed maps: ``cnn(pack(images, visible))``; ``cnn(images)`` stays the ordinary network.
 
     Works on timm's and torchvision's ResNet, ResNeXt, Wide-ResNet, RegNet, MobileNetV2/V3, EfficientNet, ConvNeXt (V1,
-    V2) and VGG-BN, and on any network made of layers and functions that packed maps know; what they do not know raises
-    an error that names the layer, here or at the first packed call.
+    V2), HRNet and VGG-BN, and on any network made of layers and functions that packed maps know; what they do not know
+    raises an error that names the layer, here or at the first packed call.
 
     Args:
         model: the network, changed in place. Convert to SyncBatchNorm before, not after.
@@ -63,7 +63,8 @@ def convert_cnn(model: Model, stats: str = "visible") -> Model:
         `model`, the same object.
 
     Raises:
-        ValueError: an unknown `stats`, or a convolution that pads with something else than zeros.
+        ValueError: an unknown `stats`, a convolution that pads with something else than zeros, or an `Upsample` that is
+            not to the nearest pixel.
         TypeError: `model` is not a module, or holds a layer that has no masked form.
 
     Example:
@@ -125,6 +126,11 @@ def _require_supported(name: str, layer: nn.Module, masked_of: dict[type[Any], t
         raise ValueError(
             f"{name} is a {kind} with padding_mode={layer.padding_mode!r}; a masked convolution pads with zeros. Set "
             "padding_mode='zeros', or convert only the part of the model before it."
+        )
+    if isinstance(layer, nn.Upsample) and layer.mode not in MODES:
+        raise ValueError(
+            f"{name} is a {kind} with mode={layer.mode!r}, which would mix visible and hidden pixels; set "
+            "mode='nearest', or convert only the part of the model before it and call .to_dense() there."
         )
     if isinstance(layer, _BatchNorm) and not known and not isinstance(layer, nn.BatchNorm1d):
         raise TypeError(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import masked_conv, masked_norm, masked_pool
+from . import masked_conv, masked_norm, masked_pool, masked_resize
 from .packed import PackedFeatures
 from .where import where
 
@@ -48,6 +48,7 @@ _MASKED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.avg_pool2d: masked_pool.avg_pool2d,
     F.adaptive_avg_pool2d: masked_pool.adaptive_avg_pool2d,
     F.adaptive_max_pool2d: masked_pool.adaptive_max_pool2d,
+    F.interpolate: masked_resize.interpolate,
     F.layer_norm: masked_norm.layer_norm,
     F.group_norm: masked_norm.group_norm,
 }

@@ -192,7 +192,13 @@ class OddBatchNorm(nn.BatchNorm2d):
     ("layer", "error", "match"),
     [
         (nn.ConvTranspose2d(4, 4, 2, 2), TypeError, r"1\.0 is a ConvTranspose2d, which has no masked form; replace it"),
-        (nn.Upsample(scale_factor=2), TypeError, "1.0 is a Upsample"),
+        (nn.PixelShuffle(2), TypeError, "1.0 is a PixelShuffle"),
+        (
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            ValueError,
+            "1.0 is a Upsample with mode='bilinear', which would",
+        ),
+        (nn.UpsamplingBilinear2d(scale_factor=2), ValueError, "1.0 is a UpsamplingBilinear2d with mode='bilinear'"),
         (nn.InstanceNorm2d(4), TypeError, "1.0 is a InstanceNorm2d"),
         (nn.ZeroPad2d(1), TypeError, "1.0 is a ZeroPad2d"),
         (OddBatchNorm(4), TypeError, "1.0 is a OddBatchNorm, a batch norm that fastmkd has no masked form of"),

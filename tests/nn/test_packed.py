@@ -340,7 +340,7 @@ BELONG = "do not belong together; both need the same mask"
         (lambda x: x.norm(p=1, dim=(2, 3)), TypeError, "norm with p=1 is not supported"),
         (lambda x: x.permute(0, 1, 3, 2), TypeError, r"permute\(0, 1, 3, 2\) is not supported"),
         (lambda x: torch.flatten(x, 1), TypeError, r"flatten is not supported .* call \.to_dense\(\) first"),
-        (lambda x: F.interpolate(x, scale_factor=2), TypeError, "interpolate is not supported"),
+        (lambda x: F.unfold(x, 2), TypeError, "unfold is not supported"),
         (lambda x: F.pad(x, (1, 1)), TypeError, "pad is not supported"),
         (lambda x: x[0], TypeError, "indexing with 0 is not supported"),
         (lambda x: x == x.relu(), TypeError, r"a comparison is not supported .* call \.to_dense\(\) first"),
@@ -385,10 +385,10 @@ def test_pack_refuses(images, visible, error, match):
 
 
 def test_errors_name_the_layer():
-    class Upsample(nn.Module):
+    class Shuffle(nn.Module):
         def forward(self, x):
-            return F.interpolate(x, scale_factor=2)
+            return F.pixel_shuffle(x, 2)
 
-    net = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Identity(), Upsample()))
-    with pytest.raises(TypeError, match=r"interpolate is not supported on .* \(in 1.1, a Upsample\); call \.to_dense"):
+    net = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Identity(), Shuffle()))
+    with pytest.raises(TypeError, match=r"pixel_shuffle is not supported on .* \(in 1.1, a Shuffle\); call \.to_dense"):
         net(pack(dense(), VISIBLE))

@@ -8,7 +8,7 @@ import timm
 import torch
 import torchvision
 from timm.layers import BatchNormAct2d
-from timm.models import convnext, regnet, resnet, vgg
+from timm.models import convnext, hrnet, regnet, resnet, vgg
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.efficientnet import _efficientnet_conf
@@ -19,6 +19,22 @@ RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 12, 16, 24), "stem_width": 4, 
 BOTTLENECK = {**RESNET, "block": resnet.Bottleneck, "layers": (1, 2, 1, 1), "channels": (4, 8, 8, 12)}
 REGNET = {"depth": 8, "w0": 8, "wa": 8.0, "wm": 2.0, "group_size": 4}
 CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), "num_classes": 5}
+
+
+def hrnet_of_four_branches() -> nn.Module:
+    widths = (4, 6, 8, 10)
+    stages = {
+        f"stage{n}": {
+            "num_modules": 1,
+            "num_branches": n,
+            "block_type": "BOTTLENECK" if n == 1 else "BASIC",
+            "num_blocks": (1,) * n,
+            "num_channels": widths[:n],
+            "fuse_method": "SUM",
+        }
+        for n in (1, 2, 3, 4)
+    }
+    return hrnet.HighResolutionNet({"stem_width": 8, **stages}, num_classes=5)
 
 
 def torchvision_vgg() -> nn.Module:
@@ -62,6 +78,7 @@ TINY = {
     "convnext": partial(convnext.ConvNeXt, **CONVNEXT),
     "convnext_conv_mlp": partial(convnext.ConvNeXt, **CONVNEXT, conv_mlp=True),
     "convnextv2": partial(convnext.ConvNeXt, **CONVNEXT, use_grn=True, ls_init_value=None),
+    "hrnet": hrnet_of_four_branches,
     "vgg_bn": lambda: vgg.VGG([4, "M", 6, "M", 8, "M", 8, "M", 8, "M"], norm_layer=nn.BatchNorm2d, num_classes=5),
     "ghostnet": partial(timm.create_model, "ghostnet_050", num_classes=5),
     "torchvision_resnet": lambda: torchvision.models.ResNet(
