@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ops import centred_gram
 from ..ops.centred_gram import MIN_BATCH
-from .cka import MinibatchCKA, as_rows
+from .cka import MinibatchCKA, NoMinibatchError, as_rows
 
 __all__ = ["Comparison", "Taps", "compare", "eval_mode", "images_of", "layer_names"]
 
@@ -97,9 +97,7 @@ def compare(
     own = torch.stack(per_batch).cpu() if per_batch else torch.empty(0, len(names_a), len(names_b), dtype=torch.float64)
     try:
         cka = total.compute().cpu()  # over all ranks: one of them may have had no batch
-    except ValueError:
-        if per_batch:
-            raise
+    except NoMinibatchError:
         raise ValueError(f"loader gave no batch of at least {MIN_BATCH} images.") from None
     return Comparison(cka, own, names_a, names_b)
 
