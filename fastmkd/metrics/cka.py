@@ -7,6 +7,7 @@ is zero only when the layer says the same of all images: such a dead layer has n
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -192,6 +193,8 @@ class MinibatchCKA:
 def as_rows(x: Tensor) -> Tensor:
     """``(n, ...) -> (n, d)`` in the order of memory: Grams do not depend on it, and channels-last is not copied.
 
+    Compiled code takes the order of the dimensions: it cannot sort by strides that it does not know.
+
     Args:
         x: features, one image an entry of the first dimension.
 
@@ -205,8 +208,9 @@ def as_rows(x: Tensor) -> Tensor:
     """
     if x.dim() == 0:
         raise ValueError("features are a scalar; expected (n, ...), one image an entry of the first dimension.")
-    order = sorted(range(1, x.dim()), key=lambda i: x.stride(i), reverse=True)
-    rows = x.permute(0, *order).reshape(x.shape[0], -1)
+    if not torch.compiler.is_compiling():
+        x = x.permute(0, *sorted(range(1, x.dim()), key=lambda i: x.stride(i), reverse=True))
+    rows = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # -1 would not do for no images
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 

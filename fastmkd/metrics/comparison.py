@@ -215,7 +215,7 @@ class Taps:
         return tap
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
-        """Runs the network on its own device and returns what was kept, by name.
+        """Runs the network on its own device, in the dtype of its parameters, and returns what was kept, by name.
 
         Args:
             images: ``(B, C, H, W)``.
@@ -226,7 +226,10 @@ class Taps:
         """
         self.found = {}
         first = next(self.model.parameters(), None)
-        self.model(images if first is None else images.to(first.device))
+        if first is not None:
+            floating = images.is_floating_point() and first.is_floating_point()
+            images = images.to(first.device, first.dtype if floating else None)
+        self.model(images)
         silent = [name for name in self.names if name not in self.found]
         if silent:
             raise ValueError(f"the layer {silent[0]!r} did not run in the forward; name one that does.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import weakref
 from typing import Any
@@ -109,6 +110,18 @@ def test_small_batches_are_left_out_with_a_warning() -> None:
         fastmkd.compare(model, model, batches(3), ["stem"])
     with pytest.raises(ValueError, match=r"^loader gave no batch of at least 4 images"):
         fastmkd.compare(model, model, [], ["stem"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_images_are_cast_to_the_network(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    images, plain = batches(16), TinyNet()
+    other = copy.deepcopy(plain).to(dtype)
+    expected = fastmkd.compare(plain, plain, images, ["stages.1"]).cka
+    torch.testing.assert_close(fastmkd.compare(other, plain, images, ["stages.1"]).cka, expected, rtol=0, atol=1e-2)
+    torch.testing.assert_close(compare_cosine(other, plain, images, ("head",) * 2).item(), 1.0, rtol=0, atol=1e-2)
+    words = nn.Sequential(nn.Embedding(9, 5, dtype=dtype), nn.Flatten())
+    assert fastmkd.compare(words, words, [torch.randint(9, (8, 3))], ["1"]).cka == pytest.approx(1.0)  # stay integers
 
 
 def test_a_batch_without_images_is_said_to_be_one() -> None:
