@@ -61,7 +61,8 @@ def compare(
         A `Comparison`.
 
     Raises:
-        ValueError: a name that no module has, a layer that does not run exactly once, or no batch of 4 images.
+        ValueError: a name that no module has, a layer that does not run exactly once or whose first dimension is not
+            the image, or no batch of 4 images.
         TypeError: a layer whose output is not a tensor (or a tuple that starts with one), or a batch without images.
 
     Example:
@@ -189,6 +190,7 @@ class Taps:
     def __init__(self, model: nn.Module, names: Sequence[str], keep: Callable[[Tensor], Tensor] = _gram) -> None:
         self.model, self.names, self.keep = model, list(dict.fromkeys(names)), keep
         self.found: dict[str, Tensor] = {}
+        self.images = 0  # of the batch that runs
         self.handles: list[Any] = []
 
     def __enter__(self) -> Taps:
@@ -210,6 +212,12 @@ class Taps:
                 )
             if name in self.found:
                 raise ValueError(f"the layer {name!r} runs more than once in a forward; name one that runs once.")
+            if features.dim() == 0 or len(features) != self.images:
+                raise ValueError(
+                    f"the layer {name!r} returns shape {tuple(features.shape)} for {self.images} images; its first "
+                    "dimension is not the image (but a window, or a token). Name a layer that returns one entry an "
+                    "image, such as the block around it."
+                )
             self.found[name] = self.keep(features)
 
         return tap
@@ -221,10 +229,10 @@ class Taps:
             images: ``(B, C, H, W)``.
 
         Raises:
-            ValueError: a module that did not run exactly once.
+            ValueError: a module that did not run exactly once, or whose first dimension is not the image.
             TypeError: one whose output is no tensor.
         """
-        self.found = {}
+        self.found, self.images = {}, len(images)
         first = next(self.model.parameters(), None)
         if first is not None:
             floating = images.is_floating_point() and first.is_floating_point()
