@@ -5,6 +5,7 @@ r"""Alignment: a layer of the student, through a small head, follows a layer of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ __all__ = [
     "pair_layers",
     "prefix_length",
     "projection_head",
+    "term_names",
 ]
 
 Layers = int | Sequence[int] | None
@@ -200,7 +202,7 @@ def pair_layers(student: Layers, teacher: Layers, student_depth: int, teacher_de
         teacher_depth: number of blocks.
 
     Raises:
-        ValueError: a layer that does not exist, or different numbers of layers.
+        ValueError: a layer that does not exist, different numbers of layers, or a pair that is named twice.
         TypeError: layers that are not whole numbers.
 
     Example:
@@ -217,7 +219,28 @@ def pair_layers(student: Layers, teacher: Layers, student_depth: int, teacher_de
             f"student_layer names {len(own)} layers and teacher_layer {len(other)}; each of the student's learns from "
             "one of the teacher's, so give as many."
         )
-    return list(zip(own, other, strict=True))
+    pairs = list(zip(own, other, strict=True))
+    twice = [pair for pair in pairs if pairs.count(pair) > 1]
+    if twice:
+        raise ValueError(
+            f"student_layer and teacher_layer name the pair {twice[0][0]} and {twice[0][1]} twice; name each pair "
+            "once, and raise alpha for more weight."
+        )
+    return pairs
+
+
+def term_names(layers: Sequence[tuple[int, int]]) -> list[str]:
+    """Returns what the loss of each pair of aligned layers is called among a method's terms.
+
+    Args:
+        layers: pairs of blocks (student's, teacher's), from 1.
+
+    Example:
+        >>> term_names([(6, 12), (12, 24)]), term_names([(2, 4), (2, 8), (3, 8)])
+        (['align.6', 'align.12'], ['align.2-4', 'align.2-8', 'align.3'])
+    """
+    taken = Counter(own for own, _ in layers)
+    return [f"align.{own}" if taken[own] == 1 else f"align.{own}-{other}" for own, other in layers]
 
 
 def _layers(name: str, role: str, value: Layers, depth: int) -> list[int]:

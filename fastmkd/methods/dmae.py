@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..nn.vit import MaskedViT
 from ..ops import masked_patch_loss
-from .alignment import Alignment, Layers, check_pair, observe_blocks, pair_layers, prefix_length
+from .alignment import Alignment, Layers, check_pair, observe_blocks, pair_layers, prefix_length, term_names
 from .base import DistillMethod, DistillOutput, Panel
 from .dmae_checks import check_numbers, check_student
 from .features import eval_mode
@@ -182,8 +182,9 @@ class DMAE(DistillMethod):
 
         Returns:
             `DistillOutput` with the terms ``mae`` and, with a teacher, ``align`` (sum over layers) and with several
-            layers ``align.<student's layer>`` of each; `student_output` is the prediction ``(B, m, ph * pw * C)`` for
-            the hidden patches, ascending, pixels in the order row, column, channel.
+            layers ``align.<student's layer>`` of each (``align.<student's>-<teacher's>`` where one of the student's
+            learns from several); `student_output` is the prediction ``(B, m, ph * pw * C)`` for the hidden patches,
+            ascending, pixels in the order row, column, channel.
 
         Raises:
             ValueError: images of a size that the networks do not take, or of which no patch would stay.
@@ -200,7 +201,7 @@ class DMAE(DistillMethod):
             terms["align"] = torch.stack(errors).sum()
             loss = mae + self.alpha * terms["align"]
             if len(errors) > 1:
-                terms |= {f"align.{own}": error for (own, _), error in zip(self.layers, errors, strict=True)}
+                terms |= dict(zip(term_names(self.layers), errors, strict=True))
         return DistillOutput(loss, {name: term.detach() for name, term in terms.items()}, prediction)
 
     def draw(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:

@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 
+Shapes = tuple[torch.Size, torch.Size]  # (C, h, w) of the student's map and of the teacher's
+
+
 class RatioRule(nn.Module):
     """Base: says which share of a stage's tokens comes from the teacher. Each stage has its own copy.
 
@@ -119,9 +122,9 @@ class ExponentialDecay(RatioRule):
         Args:
             student: its device counts.
             teacher: not looked at.
-            epoch: from 0.
+            epoch: from 0; one before it counts as 0.
         """
-        return torch.full((), self.start * self.factor**epoch, device=student.device)
+        return torch.full((), self.start * self.factor ** max(epoch, 0), device=student.device)
 
 
 class LinearDecay(RatioRule):
@@ -156,9 +159,9 @@ class LinearDecay(RatioRule):
         Args:
             student: its device counts.
             teacher: not looked at.
-            epoch: from 0.
+            epoch: from 0; one before it counts as 0.
         """
-        return torch.full((), max(0.0, self.start - epoch * self.decrement), device=student.device)
+        return torch.full((), max(0.0, self.start - max(epoch, 0) * self.decrement), device=student.device)
 
 
 class MeasuredRatio(RatioRule):
@@ -195,10 +198,10 @@ class MeasuredRatio(RatioRule):
         self.register_buffer("last", torch.ones(()))
         # The size of the batch before. Older versions kept the largest so far, under this name in their checkpoints.
         self.register_buffer("largest", torch.zeros((), dtype=torch.int64))
-        self._recent: list[tuple[Tensor, Tensor]] = []  # batches too small to be measured alone
+        self._recent: list[tuple[Tensor, Tensor, Shapes]] = []  # batches too small to be measured alone
 
     def rows(self, features: Tensor) -> Tensor:
-        """Returns ``(B, d)``, in any order that is the same in each step.
+        """Returns ``(B, d)``, in any order; in the same one for each batch of fewer than `least` images.
 
         Args:
             features: ``(B, C, h, w)``.
@@ -228,7 +231,7 @@ class MeasuredRatio(RatioRule):
             x, y = gather(x), gather(y)
         images = len(x)
         if images < self.least:
-            x, y = self._join_recent(x, y)
+            x, y = self._join_recent(x, y, (student.shape[1:], teacher.shape[1:]))
         elif self.training:
             self._recent = []
         if len(x) < self.least:
@@ -241,15 +244,15 @@ class MeasuredRatio(RatioRule):
             self.largest.fill_(images)
         return share
 
-    def _join_recent(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch with as many of the last ones as it takes to have `least` images."""
-        fitting = [pair for pair in self._recent if (pair[0].shape[1], pair[1].shape[1]) == (x.shape[1], y.shape[1])]
-        fitting.append((x, y))
-        while sum(len(pair[0]) for pair in fitting[1:]) >= self.least:
+    def _join_recent(self, x: Tensor, y: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
+        """The batch with as many of the last ones of its shapes as it takes to have `least` images."""
+        fitting = [small for small in self._recent if small[2] == shapes]
+        fitting.append((x, y, shapes))
+        while sum(len(small[0]) for small in fitting[1:]) >= self.least:
             fitting.pop(0)
         if self.training:
             self._recent = fitting
-        return torch.cat([pair[0] for pair in fitting]), torch.cat([pair[1] for pair in fitting])
+        return torch.cat([small[0] for small in fitting]), torch.cat([small[1] for small in fitting])
 
 
 class CkaGap(MeasuredRatio):
@@ -269,11 +272,13 @@ class CkaGap(MeasuredRatio):
     least = MIN_BATCH
 
     def rows(self, features: Tensor) -> Tensor:
-        """Returns ``(B, d)`` in the order of memory, on which CKA does not depend.
+        """Returns ``(B, d)`` in the order of memory, on which CKA does not depend within a batch.
 
         Args:
             features: ``(B, C, h, w)``.
         """
+        if len(features) < self.least:  # to be joined with others, which may lie in another order
+            return features.flatten(1)
         return as_rows(features)
 
     def gap(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ def observe_maps(model: nn.Module, images: Tensor, layers: Sequence[str], copied
         copied: those whose output a later layer overwrites, as `probe` says; they are read from copies.
 
     Raises:
-        ValueError: a layer that does not run exactly once, whose output is no map, or is overwritten and not `copied`.
+        ValueError: no images, or a layer that does not run exactly once, whose output is no map, or is overwritten and
+            not `copied`.
         TypeError: a layer whose output is no tensor.
 
     Example:
@@ -63,6 +64,8 @@ def observe_maps(model: nn.Module, images: Tensor, layers: Sequence[str], copied
         >>> observe_maps(vit, torch.zeros(2, 3, 32, 32), ["blocks.1"]).maps["blocks.1"].shape
         torch.Size([2, 192, 2, 2])
     """
+    if not len(images):
+        raise ValueError(f"images holds no image; its shape is {tuple(images.shape)}.")
     observed, found, versions = _observe(model, images, layers, copied)
     refuse_overwritten(found, versions)
     return observed

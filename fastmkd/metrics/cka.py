@@ -7,6 +7,7 @@ is zero only when the layer says the same of all images: such a dead layer has n
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from ..ops import centred_gram
 
-__all__ = ["MinibatchCKA", "as_rows", "cka_matrix", "hsic1"]
+__all__ = ["MinibatchCKA", "NoMinibatchError", "as_rows", "cka_matrix", "hsic1"]
 
 Names = Sequence[str] | tuple[Sequence[str], Sequence[str]]
+NO_COUNT = 1 << 31  # its negative stands for the layers of a rank that had no minibatch: never the most, nor the least
 Moments = tuple[Tensor, Tensor, Tensor]  # HSIC_1 of all pairs (M, N), of xs with themselves (M,), of ys (N,); float64
 
 
@@ -72,6 +74,10 @@ def cka_matrix(xs: Sequence[Tensor], ys: Sequence[Tensor], names: Names | None =
     if names is not None:
         _warn_of_dead_layers(moments[1], moments[2], names)
     return _normalise(*moments).to(_result_dtype(gram_x, gram_y))
+
+
+class NoMinibatchError(ValueError):
+    """`MinibatchCKA.compute` was called before any update: its own, or that of any rank if it counts over ranks."""
 
 
 class MinibatchCKA:
@@ -152,11 +158,11 @@ class MinibatchCKA:
             ``(M, N)`` float64.
 
         Raises:
-            ValueError: there was no minibatch.
+            ValueError: there was no minibatch; or ranks have other numbers of layers, which each of them raises.
         """
         moments = self._all_ranks() if self.across_ranks and _distributed() else self._sums
         if moments is None:
-            raise ValueError("compute() was called before any update(); there is no minibatch to average.")
+            raise NoMinibatchError("compute() was called before any update(); there is no minibatch to average.")
         _warn_of_dead_layers(moments[1], moments[2], self.names)
         return _normalise(*moments)
 
@@ -164,15 +170,18 @@ class MinibatchCKA:
         """Sums over ranks; one that had no minibatch adds zeros."""
         own = self._sums
         device = own[0].device if own is not None else _collective_device()
-        sizes = torch.tensor(own[0].shape if own is not None else (0, 0), device=device)
-        dist.all_reduce(sizes, dist.ReduceOp.MAX)
-        m, n = sizes.tolist()
-        if m == 0:
+        # Most and least of all ranks at once: if they differ every rank must raise, or the others would wait for it.
+        sizes = [-NO_COUNT] * 4 if own is None else [sign * count for sign in (1, -1) for count in own[0].shape]
+        bounds = torch.tensor(sizes, device=device)
+        dist.all_reduce(bounds, dist.ReduceOp.MAX)
+        m, n, least_m, least_n = bounds.tolist()
+        if m == -NO_COUNT:
             return None
-        if own is not None and own[0].shape != (m, n):
+        if (m, n) != (-least_m, -least_n):
+            here = "no minibatch" if own is None else f"{' x '.join(map(str, own[0].shape))} layers"
             raise ValueError(
-                f"compute() found {' x '.join(map(str, own[0].shape))} layers on this rank and {m} x {n} on another; "
-                "give the same layers on every rank."
+                f"compute() found {here} on this rank, but over all ranks from {-least_m} to {m} layers in xs and from "
+                f"{-least_n} to {n} in ys; give the same layers on every rank."
             )
         flat = torch.cat([t.flatten() for t in own]) if own is not None else None
         total = torch.zeros(m * n + m + n, dtype=torch.float64, device=device) if flat is None else flat
@@ -183,6 +192,8 @@ class MinibatchCKA:
 
 def as_rows(x: Tensor) -> Tensor:
     """``(n, ...) -> (n, d)`` in the order of memory: Grams do not depend on it, and channels-last is not copied.
+
+    Compiled code takes the order of the dimensions: it cannot sort by strides that it does not know.
 
     Args:
         x: features, one image an entry of the first dimension.
@@ -197,8 +208,9 @@ def as_rows(x: Tensor) -> Tensor:
     """
     if x.dim() == 0:
         raise ValueError("features are a scalar; expected (n, ...), one image an entry of the first dimension.")
-    order = sorted(range(1, x.dim()), key=lambda i: x.stride(i), reverse=True)
-    rows = x.permute(0, *order).reshape(x.shape[0], -1)
+    if not torch.compiler.is_compiling():
+        x = x.permute(0, *sorted(range(1, x.dim()), key=lambda i: x.stride(i), reverse=True))
+    rows = x.reshape(x.shape[0], math.prod(x.shape[1:]))  # -1 would not do for no images
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ops import centred_gram
 from ..ops.centred_gram import MIN_BATCH
-from .cka import MinibatchCKA, as_rows
+from .cka import MinibatchCKA, NoMinibatchError, as_rows
 
 __all__ = ["Comparison", "Taps", "compare", "eval_mode", "images_of", "layer_names"]
 
@@ -61,7 +61,8 @@ def compare(
         A `Comparison`.
 
     Raises:
-        ValueError: a name that no module has, a layer that does not run exactly once, or no batch of 4 images.
+        ValueError: a name that no module has, a layer that does not run exactly once or whose first dimension is not
+            the image, or no batch of 4 images.
         TypeError: a layer whose output is not a tensor (or a tuple that starts with one), or a batch without images.
 
     Example:
@@ -97,9 +98,7 @@ def compare(
     own = torch.stack(per_batch).cpu() if per_batch else torch.empty(0, len(names_a), len(names_b), dtype=torch.float64)
     try:
         cka = total.compute().cpu()  # over all ranks: one of them may have had no batch
-    except ValueError:
-        if per_batch:
-            raise
+    except NoMinibatchError:
         raise ValueError(f"loader gave no batch of at least {MIN_BATCH} images.") from None
     return Comparison(cka, own, names_a, names_b)
 
@@ -191,6 +190,7 @@ class Taps:
     def __init__(self, model: nn.Module, names: Sequence[str], keep: Callable[[Tensor], Tensor] = _gram) -> None:
         self.model, self.names, self.keep = model, list(dict.fromkeys(names)), keep
         self.found: dict[str, Tensor] = {}
+        self.images = 0  # of the batch that runs
         self.handles: list[Any] = []
 
     def __enter__(self) -> Taps:
@@ -212,23 +212,32 @@ class Taps:
                 )
             if name in self.found:
                 raise ValueError(f"the layer {name!r} runs more than once in a forward; name one that runs once.")
+            if features.dim() == 0 or len(features) != self.images:
+                raise ValueError(
+                    f"the layer {name!r} returns shape {tuple(features.shape)} for {self.images} images; its first "
+                    "dimension is not the image (but a window, or a token). Name a layer that returns one entry an "
+                    "image, such as the block around it."
+                )
             self.found[name] = self.keep(features)
 
         return tap
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
-        """Runs the network on its own device and returns what was kept, by name.
+        """Runs the network on its own device, in the dtype of its parameters, and returns what was kept, by name.
 
         Args:
             images: ``(B, C, H, W)``.
 
         Raises:
-            ValueError: a module that did not run exactly once.
+            ValueError: a module that did not run exactly once, or whose first dimension is not the image.
             TypeError: one whose output is no tensor.
         """
-        self.found = {}
+        self.found, self.images = {}, len(images)
         first = next(self.model.parameters(), None)
-        self.model(images if first is None else images.to(first.device))
+        if first is not None:
+            floating = images.is_floating_point() and first.is_floating_point()
+            images = images.to(first.device, first.dtype if floating else None)
+        self.model(images)
         silent = [name for name in self.names if name not in self.found]
         if silent:
             raise ValueError(f"the layer {silent[0]!r} did not run in the forward; name one that does.")

@@ -31,7 +31,8 @@ def compare_cosine(model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any]
         ``(k,)`` float64 on the CPU, one value a minibatch, from -1 to 1.
 
     Raises:
-        ValueError: a layer that does not exist or does not run once, or layers with other numbers of features.
+        ValueError: a layer that does not exist, does not run once or has another first dimension than the image, or
+            layers with other numbers of features.
         TypeError: a layer whose output is not a tensor.
 
     Example:

@@ -93,8 +93,11 @@ def choose(op: Op, args: tuple[Any, ...]) -> Backend:
 
 
 def candidates(op: Op, device: str, dtype: torch.dtype) -> list[Backend]:
-    """The backends that ``auto`` may take for this device type and dtype, best guess first; never empty."""
+    """The backends that ``auto`` may take for this device type and dtype, best guess first; none is a TypeError."""
     fit = [b for b in op.backends.values() if b.takes(device, dtype) and b.default and b.reason() is None]
+    if not fit:  # the reference takes any device, so it is the dtype
+        takes = ", ".join(str(d).removeprefix("torch.") for d in op.backends["eager"].dtypes)
+        raise TypeError(f"{op.name} got {str(dtype).removeprefix('torch.')} and takes {takes}; cast the inputs.")
     return sorted(fit, key=lambda b: PREFERENCE.index(b.name))
 
 

@@ -66,7 +66,8 @@ def losses(method: Any, images: Tensor, keep: Tensor) -> dict[str, Tensor]:
             if method.normalize:
                 z, t = z / z.norm(dim=-1, keepdim=True), t / t.norm(dim=-1, keepdim=True)
             one = (F.l1_loss if method.loss == "l1" else F.mse_loss)(z, t)
-            found[f"align.{own}"] = one
+            several = sum(layer == own for layer, _ in method.layers) > 1
+            found[f"align.{own}-{other}" if several else f"align.{own}"] = one
             found["align"] = found["align"] + one
         found["loss"] = found["mae"] + method.alpha * found["align"]
     return found

@@ -98,12 +98,17 @@ def test_ratios(ratio):
         {"decoder_depth": 1},
         {"student_layer": 3, "teacher_layer": 1},
         {"student_layer": [1, 3], "teacher_layer": [3, 2]},
-        {"student_layer": [2, 2], "teacher_layer": [1, 3]},
+        {"student_layer": [2, 2, 3], "teacher_layer": [1, 3, 3]},
         {"student_positions": "sincos"},
     ],
 )
 def test_options(options):
-    check(make(**options), pictures())
+    out = check(make(**options), pictures())
+    each = [term for name, term in out.terms.items() if name.startswith("align.")]
+    layers = options.get("student_layer")
+    assert len(each) == (len(layers) if isinstance(layers, list) else 0)
+    if each:
+        torch.testing.assert_close(torch.stack(each).sum(), out.terms["align"])
 
 
 @pytest.mark.parametrize("student", [{}, {"global_pool": "avg"}, {"in_chans": 1, "patch_size": (4, 8)}])

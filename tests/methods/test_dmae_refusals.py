@@ -35,6 +35,8 @@ DECODER = {"decoder_depth": 1, "decoder_width": 16, "decoder_heads": 2}
         ({"teacher_layer": 4}, "teacher_layer is 4; the teacher has 3 blocks"),
         ({"student_layer": [1, 2], "teacher_layer": 3}, "student_layer names 2 layers and teacher_layer 1"),
         ({"student_layer": []}, "student_layer is empty"),
+        ({"student_layer": [2, 1, 2], "teacher_layer": [3, 3, 3]}, "name the pair 2 and 3 twice; .* raise alpha"),
+        ({"student_layer": [1, 1]}, "name the pair 1 and 2 twice"),
         ({"teacher_dtype": torch.int8}, "teacher_dtype is torch.int8"),
     ],
 )

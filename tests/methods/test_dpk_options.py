@@ -149,6 +149,8 @@ def test_refuses_images_and_networks():
         make({"blocks.1": "blocks.1"}, tiny(0, img_size=24), tiny(1, img_size=24), image_size=20)
     with pytest.raises(ValueError, match=r"targets has shape \(3,\)"):
         make()(pictures(), TARGETS[:3])
+    with pytest.raises(ValueError, match=r"^images holds no image; its shape is \(0, 3, "):
+        make()(pictures()[:0], TARGETS[:0])
     twice = cnn(0)
     twice.last = nn.Sequential(twice.stem[2], twice.last)
     with pytest.raises(ValueError, match=r"'stem\.2' runs more than once"):

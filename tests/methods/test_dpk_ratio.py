@@ -61,6 +61,24 @@ def test_fewer_than_four_images_join_the_last_ones():
     assert torch.equal(rule(x[:3, :, :2], y[:3, :, :2], 0), kept)  # other maps cannot be joined
 
 
+def test_joined_batches_may_lie_in_another_order_in_memory():
+    x, y = maps(4)
+    last = [one.to(memory_format=torch.channels_last) for one in (x, y)]
+    for first, second in (((x, y), last), (last, (x, y)), ((x, last[1]), (last[0], y))):
+        rule = CkaGap().train()
+        assert rule(first[0][:2], first[1][:2], 0) == 1
+        torch.testing.assert_close(rule(second[0][2:], second[1][2:], 0), gap(x, y))
+
+
+def test_maps_of_other_shapes_are_not_joined():
+    x, y = maps(4)
+    x, y = x[:, :, :2], y[:, :, :2]  # 2 x 4: a detector's picture that lies, and one that stands
+    rule = CkaGap().train()
+    assert rule(x[:2], y[:2], 0) == 1
+    assert rule(x[2:].mT, y[2:].mT, 0) == 1
+    assert len(rule._recent) == 1
+
+
 def test_ragged_last_batch_keeps_the_last_share():
     rule = CkaGap().train()
     x, y = maps(24)
@@ -116,6 +134,8 @@ def test_schedules():
     x = torch.zeros(1)
     assert [round(float(ExponentialDecay()(x, x, e)), 6) for e in range(3)] == [1.0, 0.95, 0.9025]
     assert [round(float(LinearDecay()(x, x, e)), 6) for e in range(3)] == [1.0, 0.05, 0.0]
+    for rule in (ExponentialDecay(), LinearDecay(), ExponentialDecay(0.5), ExponentialDecay(factor=0.0)):
+        assert rule(x, x, -1) == rule(x, x, 0) == rule.start
     assert float(FixedRatio(0.15)(x, x, 7)) == pytest.approx(0.15)
     for make in (lambda: ExponentialDecay(factor=1.5), lambda: LinearDecay(start=-1), lambda: LinearDecay(1, -1)):
         with pytest.raises(ValueError, match="expected a"):

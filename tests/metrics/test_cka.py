@@ -176,6 +176,15 @@ def test_memory_format_and_mixed_dtypes() -> None:
     assert fastmkd.cka_matrix([x.double()], [x.double()]).dtype == torch.float64
 
 
+def test_compiled_in_one_graph_whatever_the_size_and_the_memory_format() -> None:
+    compiled = torch.compile(lambda x, y: fastmkd.cka_matrix([x], [y]), fullgraph=True, backend="aot_eager")
+    y = torch.randn(8, 3, 5)
+    for size in ((4, 4), (5, 5), (6, 7)):  # from the second on the sizes, so the strides too, are not known
+        x = torch.randn(8, 6, *size)
+        for stored in (x, x.to(memory_format=torch.channels_last), x.mT):
+            torch.testing.assert_close(compiled(stored, y), fastmkd.cka_matrix([x], [y]))
+
+
 def test_same_list_twice_makes_each_gram_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastmkd.metrics import cka
 
@@ -195,6 +204,13 @@ def test_same_list_twice_makes_each_gram_once(monkeypatch: pytest.MonkeyPatch) -
         (torch.randn(8, 2), [torch.randn(8, 2)], TypeError, "xs is a tensor"),
         ([torch.ones(8, 2).long()], [torch.randn(8, 2)], TypeError, "floating-point"),
         ([torch.tensor(1.0)], [torch.randn(8, 2)], ValueError, "has shape"),
+        ([torch.randn(0, 2, 3)], [torch.randn(0, 6)], ValueError, "holds 0 images; .* at least 4"),
+        (
+            [torch.randn(8, 2).to(torch.float8_e4m3fn)],
+            [torch.randn(8, 2)],
+            TypeError,
+            "^centred_gram got float8_e4m3fn and takes float32, bfloat16, float16, float64; cast the inputs",
+        ),
     ],
 )
 def test_wrong_input_is_named(xs: list[Tensor], ys: list[Tensor], error: type[Exception], said: str) -> None:

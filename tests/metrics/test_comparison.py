@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import weakref
 from typing import Any
@@ -111,6 +112,18 @@ def test_small_batches_are_left_out_with_a_warning() -> None:
         fastmkd.compare(model, model, [], ["stem"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_images_are_cast_to_the_network(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    images, plain = batches(16), TinyNet()
+    other = copy.deepcopy(plain).to(dtype)
+    expected = fastmkd.compare(plain, plain, images, ["stages.1"]).cka
+    torch.testing.assert_close(fastmkd.compare(other, plain, images, ["stages.1"]).cka, expected, rtol=0, atol=1e-2)
+    torch.testing.assert_close(compare_cosine(other, plain, images, ("head",) * 2).item(), 1.0, rtol=0, atol=1e-2)
+    words = nn.Sequential(nn.Embedding(9, 5, dtype=dtype), nn.Flatten())
+    assert fastmkd.compare(words, words, [torch.randint(9, (8, 3))], ["1"]).cka == pytest.approx(1.0)  # stay integers
+
+
 def test_a_batch_without_images_is_said_to_be_one() -> None:
     model, images = TinyNet(), torch.randn(8, 3, 8, 8)
     for batch, said in (
@@ -169,3 +182,50 @@ def test_layers_that_cannot_be_compared(layer: str, error: type[Exception], said
     model = Odd()
     with pytest.raises(error, match=said):
         fastmkd.compare(model, model, [torch.randn(8, 3)], [layer])
+
+
+class TokensFirst(nn.Module):
+    """A sequence of tokens around which the images come first: ``(B, N, D)`` in and out, ``(N, B, D)`` inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
+        self.out = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.encoder(x.transpose(0, 1)).transpose(0, 1))
+
+
+def test_layers_whose_first_dimension_is_not_the_image() -> None:
+    import timm
+
+    tiny = {"img_size": 56, "window_size": 7, "depths": (1, 1), "num_heads": (2, 2), "embed_dim": 16, "num_classes": 3}
+    swin = timm.create_model("swin_tiny_patch4_window7_224", **tiny)
+    images = [torch.randn(8, 3, 56, 56)]
+    windows = "layers.0.blocks.0.attn"
+    said = re.escape(
+        f"the layer {windows!r} returns shape (32, 49, 16) for 8 images; its first dimension is not the image (but a "
+        "window, or a token). Name a layer that returns one entry an image, such as the block around it."
+    )
+    for layers in ([windows], [windows, "layers.1.blocks.0.attn"], ([windows.removesuffix(".attn")], [windows])):
+        with pytest.raises(ValueError, match=said):
+            fastmkd.compare(swin, swin, images, layers)
+    with pytest.raises(ValueError, match=said):
+        compare_cosine(swin, swin, images, (windows, windows))
+    assert not any(module._forward_hooks for module in swin.modules())
+    assert fastmkd.compare(swin, swin, images, ["layers.*.blocks.0"]).cka.shape == (2, 2)
+    assert fastmkd.compare(swin, swin, images).names_a == ["layers.0", "layers.1"]  # chosen by itself
+
+    sequence, tokens = TokensFirst(), [torch.randn(8, 5, 8)]
+    with pytest.raises(ValueError, match=r"'encoder\.layers\.0' returns shape \(5, 8, 8\) for 8 images"):
+        fastmkd.compare(sequence, sequence, tokens)  # not left out in silence
+    assert fastmkd.compare(sequence, sequence, tokens, ["out"]).cka.isfinite().all()
+
+
+def test_blocks_chosen_by_itself_that_hold_no_image_an_entry_are_named() -> None:
+    import timm
+
+    tnt = timm.create_model("tnt_s_patch16_224", img_size=32, depth=1, num_classes=2)  # first the pixels of each patch
+    with pytest.raises(ValueError, match=r"'blocks\.0' returns shape \(16, 16, \d+\) for 4 images"):
+        fastmkd.compare(tnt, tnt, [torch.randn(4, 3, 32, 32)])
+    assert fastmkd.compare(tnt, tnt, [torch.randn(4, 3, 32, 32)], ["blocks.0.mlp"]).cka.shape == (1, 1)
