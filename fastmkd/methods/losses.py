@@ -20,7 +20,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         Scalar in float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: shapes that do not fit, or on a CPU a class index out of range.
+        ValueError: shapes that do not fit, no images, or on a CPU a class index out of range.
         TypeError: class indices that are not int64.
 
     Example:
@@ -66,7 +66,7 @@ def logit_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
         Scalar in float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: shapes that differ, or no images.
 
     Example:
         >>> logit_kd(torch.zeros(2, 3), torch.zeros(2, 3))
@@ -108,6 +108,8 @@ def _check_logits(name: str, logits: Tensor) -> None:
             f"{name} has shape {tuple(logits.shape)}; expected (B, classes). A model with global_pool='' gives "
             "logits for every token; choose another global_pool."
         )
+    if logits.shape[0] == 0:
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}; a batch needs at least one image.")
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastmkd.methods.losses import cross_entropy, logit_kd
+from fastmkd.methods.losses import cross_entropy, logit_kd, squared_error
 
 
 def test_cross_entropy_by_hand():
@@ -66,6 +66,24 @@ def test_low_precision_logits_are_widened_first(dtype):
 def test_cross_entropy_refuses(targets, error, match):
     with pytest.raises(error, match=match):
         cross_entropy(torch.zeros(2, 3), targets)
+
+
+def test_no_images():
+    with pytest.raises(ValueError, match=r"logits has shape \(0, 3\); a batch needs at least one image"):
+        cross_entropy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"student_logits has shape \(0, 3\)"):
+        logit_kd(torch.zeros(0, 3), torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)])
+def test_squared_error_of_two_precisions(dtypes):
+    """With gradients, which PyTorch 2.11 does not have for two dtypes."""
+    student = torch.randn(3, 4).to(dtypes[0]).requires_grad_()
+    teacher = torch.randn(3, 4).to(dtypes[1])
+    error = squared_error(student, teacher)
+    error.backward()
+    assert error.dtype == dtypes[0]
+    torch.testing.assert_close(student.grad, (student.detach() - teacher.to(dtypes[0])) * (2 / 12))
 
 
 def test_shapes_that_are_no_logits():
