@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .launch import AotCase, on_device, product_kind
 from .masked_depthwise import masked_depthwise
-from .taps import bundle_size, bundled, lowest_bit, present_groups, step_taps
+from .taps import MAX_GROUPS, bundle_size, bundled, lowest_bit, present_groups, step_taps
 
 __all__ = ["AOT_CASES", "CONFIGS", "ConvConfig", "choose_config", "masked_conv2d"]
 
@@ -234,10 +234,11 @@ def _channel_block(cin_group: int, widest: int) -> int:
     return max(b for b in blocks if triton.cdiv(cin_group, b) * b <= 1.1 * least)
 
 
-def _options(config: ConvConfig) -> dict[str, int | bool | None]:
+def _options(config: ConvConfig, num_taps: int) -> dict[str, int | bool | None]:
     return {
         "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        # Row numbers of several taps at once go through shared memory too, under Triton 3.6.
+        "num_stages": config.num_stages if num_taps <= MAX_GROUPS else min(config.num_stages, 3),
         "maxnreg": config.maxnreg,
         "enable_fp_fusion": True,
     }
@@ -290,7 +291,7 @@ def masked_conv2d(
             out,
             rows,
             **constants,
-            **_options(config),
+            **_options(config, num_taps),
         )
     return out
 
@@ -314,7 +315,7 @@ def _aot_case(dtype: str, config: str, cin: int, cout: int, num_taps: int = 9, b
             **({} if bias else {"bias_ptr": None}),
             **_constants(kind, tile, cin, cout, groups=1, num_taps=num_taps),
         },
-        options=_options(tile),
+        options=_options(tile, num_taps),
         mma=kind != "ieee",
         # Rows and weights come by asynchronous copies of 16 bytes, wherever a tap has as many channels.
         requires=(r"\bLDGSTS",) if cin >= 16 else (),

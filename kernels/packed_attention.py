@@ -16,6 +16,7 @@ Heads are neighbours in launch order, since they are neighbours in memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -239,10 +240,16 @@ def _aot_case(dtype: str, config: AttentionConfig, heads: int, head_dim: int) ->
     )
 
 
+def _aot_cases(heads: int, head_dim: int, dtypes: Iterable[str] = ("bf16",)) -> list[AotCase]:
+    """One for each tile that `choose_config` has for such heads."""
+    tiles = [(dtype, config) for dtype in dtypes for config in CONFIGS[_KINDS[dtype]].values()]
+    return [_aot_case(*tile, heads, head_dim) for tile in tiles if (tile[1].name == "deep") == (head_dim > 128)]
+
+
 AOT_CASES = [
-    *(_aot_case(dtype, config, 6, 64) for dtype, kind in _KINDS.items() for config in CONFIGS[kind].values()),
-    *(_aot_case("bf16", config, 12, 32) for config in CONFIGS["half"].values()),
-    *(_aot_case("bf16", config, 16, 72) for config in CONFIGS["half"].values()),
-    *(_aot_case("bf16", config, 16, 128) for config in CONFIGS["half"].values()),
-    *(_aot_case(dtype, CONFIGS[_KINDS[dtype]]["deep"], 4, 256) for dtype in ("bf16", "tf32", "fp32")),
+    *_aot_cases(6, 64, _KINDS),
+    *_aot_cases(12, 32),
+    *_aot_cases(16, 72),
+    *_aot_cases(16, 128),
+    *_aot_cases(4, 256, _KINDS),
 ]

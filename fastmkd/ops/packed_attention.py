@@ -6,6 +6,9 @@ r"""Softmax attention within each image of a packed batch, whose images may have
 other. Image b has the rows ``starts[b] : starts[b + 1]``; its queries, keys and values ``(L_b, d)`` of head h are
 ``qkv[rows, 0, h]``, ``qkv[rows, 1, h]`` and ``qkv[rows, 2, h]``. The result is ``(T, H, d)``, what the output
 projection reads, and neither padding nor a copy of queries, keys or values is ever made.
+
+The reference and the gradient read ``starts`` on the host: on a GPU a backward pass waits for the device, and so does a
+forward pass without the Triton kernel. The gradient takes images of one length together, others one by one.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ def packed_attention(qkv: Tensor, starts: Tensor, scale: float | None = None) ->
         scale: factor on ``q . k``; None means ``d ** -0.5``.
 
     Returns:
-        ``(T, H, d)`` in the dtype of `qkv`, summed in float32 (float64 for float64).
+        ``(T, H, d)`` in the dtype of `qkv`, summed in float32 (float64 for float64). Its backward pass reads `starts`
+        on the host, for which a GPU is waited for.
 
     Raises:
         ValueError: shapes that do not fit, or offsets that do not cover the rows (on a GPU an asynchronous assert).
