@@ -99,6 +99,7 @@ def _align_cells_kernel(
         visible_count = num_rows
         cell = safe_row
         source = safe_row
+    # Cast so, since a launch makes an area of 1 a number of Python.
     cell_rows = (
         level_ptr + corners(source, num_cells, grid_w, width, tl.cast(area, tl.int64) * CHANNELS, PATCH, INNER)[:, None]
     )

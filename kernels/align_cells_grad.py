@@ -73,6 +73,7 @@ def _level_kernel(
         acc = tl.dot(grad, weight, acc, input_precision=PRECISION)
 
     acc = tl.where((row < visible_count)[:, None], acc, 0.0)
+    # Cast so, since a launch makes an area of 1 a number of Python.
     corner = corners(cell, num_cells, grid_w, width, tl.cast(area, tl.int64) * CHANNELS, PATCH, INNER)
     out = out_ptr + corner[:, None] + offsets(col, area, width, CHANNELS, PATCH, CHANNELS_LAST)[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(row < num_rows)[:, None] & (col < DEPTH)[None, :])

@@ -154,6 +154,7 @@ def _sum_splits_kernel(
         value = tl.zeros((COLUMNS,), dtype=tl.float32)
         for _ in range(splits):
             value += tl.load(place)
+            # Cast so, since a launch makes a single tile a number of Python.
             place += tl.cast(tiles, tl.int64) * (BLOCK * BLOCK)
         value = tl.where((column == row) | (column >= n), 0.0, value)
         tl.store(gram + column, value, mask=column < n)
