@@ -67,7 +67,8 @@ def product_kind(dtype: torch.dtype) -> str:
 
     Returns:
         "half" for bf16 and fp16; "tf32" or "ieee" for fp32, after PyTorch's own switch for matrix products
-        (``torch.backends.cuda.matmul.fp32_precision``): full fp32 unless the user asked for TF32.
+        (``torch.backends.cuda.matmul.fp32_precision``): full fp32 unless the user asked for TF32. Of a TF32 factor the
+        tensor core reads ten bits after the point and cuts off the others, where PyTorch's own products round to them.
 
     Example:
         >>> product_kind(torch.bfloat16)

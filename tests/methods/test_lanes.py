@@ -7,8 +7,9 @@ import copy
 
 import pytest
 import torch
-from tiny_vits import TARGETS, pictures, tiny
+from tiny_vits import ON_GPU, TARGETS, assert_same, full_float32, pictures, tiny
 
+import fastmkd
 from fastmkd import MaskedKD
 from fastmkd.methods import lanes
 from fastmkd.methods.lanes import SideStream, lane_between
@@ -176,15 +177,17 @@ def test_order_on_the_streams(monkeypatch, teacher_at):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_streams(compiled):
+def test_streams(compiled, dtype):
     """The last device: the student's own where there is one GPU, another where there are more."""
     device = torch.device("cuda", torch.cuda.device_count() - 1)
-    student, teacher = tiny(0).to("cuda:0"), tiny(1, depth=12, embed_dim=192, num_heads=3)
+    student, teacher = tiny(0).to("cuda:0", dtype), tiny(1, depth=12, embed_dim=192, num_heads=3).to(dtype)
     options = {"teacher_device": device, "teacher_compile": compiled}
     whole = MaskedKD(copy.deepcopy(student), copy.deepcopy(teacher), teacher_device=device)
     parts = MaskedKD(copy.deepcopy(student), copy.deepcopy(teacher), micro_batches=4, **options)
-    for seed in range(6):
-        images = pictures(count=64 + seed).to("cuda:0")
-        targets = torch.arange(64 + seed, device="cuda:0") % 5
-        torch.testing.assert_close(outcome(parts, images, targets), outcome(whole, images, targets))
+    with full_float32(), fastmkd.backend(ON_GPU[dtype]):
+        for seed in range(6):
+            images = pictures(count=64 + seed).to("cuda:0", dtype)
+            targets = torch.arange(64 + seed, device="cuda:0") % 5
+            assert_same(outcome(parts, images, targets), outcome(whole, images, targets))

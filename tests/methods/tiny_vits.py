@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 TARGETS = torch.tensor([0, 4, 2])
+ON_GPU = {torch.float64: "auto", torch.float32: "triton"}  # the backend of a dtype's kernels; of float64 there are none
 
 
 def tiny(seed: int = 0, kind: type[VisionTransformer] = VisionTransformer, **options: Any) -> Any:
@@ -24,6 +27,19 @@ def tiny(seed: int = 0, kind: type[VisionTransformer] = VisionTransformer, **opt
 def pictures(size: int = 32, count: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.randn(count, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+def full_float32() -> contextlib.AbstractContextManager[None]:
+    """Inside the block a GPU computes convolutions of float32 in full; PyTorch's own choice for them is TF32."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Tensors, however nested, are equal to rounding: in float32 to 1e-4 of a tensor's largest value."""
+    for x, y in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        loose = isinstance(y, Tensor) and y.dtype == torch.float32
+        tolerance = {"rtol": 0.0, "atol": 1e-4 * float(y.detach().abs().max())} if loose else {}
+        torch.testing.assert_close(x, y, **tolerance)
 
 
 def full_attention(model: Any, images: Tensor, layer: int, keep: Tensor | None = None) -> Tensor:
