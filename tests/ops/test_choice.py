@@ -147,6 +147,6 @@ def test_sharing_choices_replaces_what_a_rank_knew(fresh_cache: Path) -> None:
 
 def test_cache_file_is_private_to_its_versions(fresh_cache: Path) -> None:
     cache.remember("some-gpu", "a/b", "eager")
-    (path,) = fresh_cache.iterdir()
+    (path,) = fresh_cache.glob("*.json")
     assert torch.__version__ in path.name
     assert stat.S_ISREG(path.stat().st_mode)
