@@ -2,7 +2,8 @@
 
 The rule needs no tolerance chosen by hand: a kernel that rounds as PyTorch does passes at every size, one that loses
 digits fails at every size. The floor covers samples on which PyTorch happens to be exact. That of float64 results is
-larger: the reference is no wider than they are, and rounds its own sums in another order.
+larger: the reference is no wider than they are, and rounds its own sums in another order. So is that of TF32, whose
+factors keep 10 bits: PyTorch's library may round them where a kernel cuts them off, and be three times closer.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from .arguments import map_tensors
 
-__all__ = ["FLOOR_EPS", "Verdict", "judge", "upcast"]
+__all__ = ["FLOOR_EPS", "TF32_EPS", "Verdict", "judge", "upcast"]
 
 FLOOR_EPS = 4  # the floor, in units in the last place of the largest reference value
 FLOOR_EPS_FLOAT64 = 64  # sums of several hundred products
+TF32_EPS = 2.0**-10  # what a factor loses at most when it is cut off
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,14 @@ def upcast(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return map_tensors(lambda t: t.double() if t.is_floating_point() else t, args)
 
 
-def judge(out: Tensor, exact: Tensor, plain: Tensor) -> Verdict:
+def judge(out: Tensor, exact: Tensor, plain: Tensor, tf32: bool = False) -> Verdict:
     """Compares a backend's output with the float64 reference, allowing twice plain PyTorch's own error.
 
     Args:
         out: what the backend returned.
         exact: the reference on float64 inputs.
         plain: the reference on the inputs in their own dtype.
+        tf32: the backend computed its products as TF32.
 
     Returns:
         A `Verdict`; integer outputs must be equal, NaN is never right.
@@ -63,5 +66,6 @@ def judge(out: Tensor, exact: Tensor, plain: Tensor) -> Verdict:
     error = float((out.double() - exact).abs().max())
     scale = float(exact.abs().max())
     floor = FLOOR_EPS_FLOAT64 if out.dtype == torch.float64 else FLOOR_EPS
-    allowed = 2 * float((plain.double() - exact).abs().max()) + floor * torch.finfo(out.dtype).eps * scale
+    eps = TF32_EPS if tf32 else torch.finfo(out.dtype).eps
+    allowed = 2 * float((plain.double() - exact).abs().max()) + floor * eps * scale
     return Verdict(error <= allowed, error, allowed)  # a NaN compares False

@@ -2,8 +2,8 @@
 
 The cache is one JSON file a device under ``$FASTMKD_CACHE`` (default ``~/.cache/fastmkd``). It is read once and written
 atomically, entry by entry and under a lock, so that processes side by side keep what the others found. A file that
-cannot be read or written is ignored, since everything in it can be found again; so is a file system without locks, where
-one of two processes that write at the same moment may lose what it found.
+cannot be read or written is ignored, since everything in it can be found again. So is a file system without locks:
+of two processes that write at the same moment one may then lose what it found.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["choices", "device_name", "load", "remember", "replace", "snapshot", "table", "verdict"]
+__all__ = ["choices", "device_name", "remember", "replace", "snapshot", "table", "verdict", "verified"]
 
 PATIENCE = 10.0  # seconds; a lock is held for milliseconds, unless its owner is stopped or was forked meanwhile
 
@@ -78,11 +78,6 @@ def remember(device: str, key: str, value: str | bool) -> None:
         on_disk = _read(device)  # other processes may have written since it was read
         on_disk[part][key] = value
         _write(device, on_disk)
-
-
-def load(device: torch.device) -> None:
-    """Reads the cache of a device from disk if it was not read yet."""
-    _state(device_name(device))
 
 
 def snapshot(device: torch.device) -> dict[str, Any]:

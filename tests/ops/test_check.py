@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastmkd.ops import OPS, cache, check, verdicts
+from fastmkd.ops import OPS, cache, check, precision, verdicts
 from fastmkd.ops.registry import Backend
 
 DEVICE = torch.device("cpu")
@@ -23,14 +23,18 @@ def some_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(cache, "_known", {})
     monkeypatch.setattr(cache, "device_name", lambda device: "some-gpu")
     keep = verdicts.keep
-    monkeypatch.setattr(verdicts, "keep", lambda op, backend, _, right: keep(op, backend, torch.device("cuda"), right))
+    on_gpu = lambda op, backend, _, *found: keep(op, backend, torch.device("cuda"), *found)  # noqa: E731
+    monkeypatch.setattr(verdicts, "keep", on_gpu)
     return "some-gpu"
 
 
-def replace_backend(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+def replace_backend(monkeypatch: pytest.MonkeyPatch, run: Any, tiles: Any = None) -> None:
     op = OPS["select_tokens"]
-    backends = {"eager": op.backends["eager"], "cpp": Backend("cpp", run, "cpu", (torch.float32,))}
-    monkeypatch.setitem(OPS, "select_tokens", dataclasses.replace(op, backends=backends))
+    backends = {"eager": op.backends["eager"], "cpp": Backend("cpp", run, "cpu", (torch.float32,), tiles=tiles)}
+    tile_sample = lambda device, dtype: op.samples(device, dtype)[0]  # noqa: E731
+    monkeypatch.setitem(
+        OPS, "select_tokens", dataclasses.replace(op, backends=backends, tile_sample=tile_sample if tiles else None)
+    )
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -85,6 +89,43 @@ def test_auto_knows_what_a_check_found(
     cache._known.clear()
     assert cache.verdict(some_gpu, "select_tokens/cpp") is right
     assert cache.verdict(some_gpu, "select_tokens/eager") is None
+
+
+@pytest.mark.parametrize("wrong", [None, "ieee", "tf32"])
+def test_every_tile_is_checked_and_tf32_has_its_own_verdict(
+    wrong: str | None, some_gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = OPS["select_tokens"].reference
+    ran: list[tuple[str, bool]] = []
+
+    def tiles(kind: str) -> dict[str, Any]:
+        def run(*args: Any) -> torch.Tensor:
+            ran.append((kind, precision.tf32_is_on()))
+            return reference(*args).flip(1) if kind == wrong else reference(*args)
+
+        return {"large": run, "small": reference}
+
+    replace_backend(monkeypatch, reference, tiles)
+    out = tmp_path / "check.jsonl"
+    assert check.main(["select_tokens", "--device", "cpu", "--json", str(out)]) == int(wrong is not None)
+    assert set(ran) == {("ieee", False), ("tf32", True)}
+    assert not precision.tf32_is_on()
+    found = [row for row in rows(out) if row["backend"] == "cpp"]
+    assert len(found) == 13 + 4 == found[0]["of"]
+    name = OPS["select_tokens"].samples("cpu", torch.float32)[0].name
+    tried = {(row["dtype"], row["sample"]) for row in found[13:]}
+    assert tried == {(dtype, f"{name}-{tile}") for dtype in ("float32", "tf32") for tile in ("large", "small")}
+    assert cache.verdict(some_gpu, "select_tokens/cpp") is (wrong != "ieee")
+    assert cache.verdict(some_gpu, "select_tokens/cpp/tf32") is (wrong != "tf32")
+
+
+def test_too_little_memory_sets_no_backend_aside(some_gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*args: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12 GiB")
+
+    replace_backend(monkeypatch, out_of_memory)
+    assert check.main(["select_tokens", "--device", "cpu"]) == 1
+    assert cache.verdict(some_gpu, "select_tokens/cpp") is None
 
 
 def test_nothing_is_remembered_of_a_check_that_was_stopped(some_gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
