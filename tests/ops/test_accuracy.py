@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmkd.ops import OPS
+from fastmkd.ops import OPS, accuracy
 from fastmkd.ops.accuracy import judge
 from fastmkd.ops.centred_gram import u_centre
 from fastmkd.ops.check import check_sample
@@ -70,6 +70,22 @@ def test_where_nobody_asked_for_tf32_it_is_wrong(compute: Callable[[Cut], Tensor
 def test_factors_of_bf16_are_no_tf32(compute: Callable[[Cut], Tensor]) -> None:
     out, exact, plain = compute(BF16).float(), compute(Tensor.double), compute(TF32_ROUNDED).float()
     assert not judge(out, exact, plain, tf32=True).ok
+
+
+def test_tensors_are_compared_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A huge result is compared without several copies of it in float64."""
+    out, largest = draw(40, 5), []
+    monkeypatch.setattr(accuracy, "PART", 64)
+    double = Tensor.double
+    monkeypatch.setattr(Tensor, "double", lambda x: (largest.append(x.numel()), double(x))[1])
+    for place in (0, 63, 64, 199):
+        wrong, lost = out.clone(), out.clone()
+        wrong.view(-1)[place] += 0.5
+        lost.view(-1)[place] = float("nan")
+        assert judge(out, out, out).ok
+        assert abs(judge(wrong, out, out).error - 0.5) < 1e-6
+        assert not judge(lost, out, out).ok
+    assert max(largest) <= 64
 
 
 def test_a_check_of_tf32_is_judged_as_such() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastmkd.ops import OPS, cache, check, precision, verdicts
-from fastmkd.ops.registry import Backend
+from fastmkd.ops.registry import Backend, Sample
 
 DEVICE = torch.device("cpu")
 
@@ -153,6 +153,44 @@ def test_a_sample_too_large_for_this_machine_sets_no_backend_aside(
     monkeypatch.setitem(OPS, "select_tokens", dataclasses.replace(op, samples=samples))
     assert check.main(["select_tokens", "--device", "cpu", "--huge"]) == 1
     assert cache.verdict(some_gpu, "select_tokens/cpp") is None
+
+
+def summed(run: Any, fits: bool) -> check.Row:
+    """Checks `run` as the sum of a huge sample whose reference is off by a thousandth in float32."""
+
+    def reference(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64 and not fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32 GiB")
+        return x.sum(0) * (1 if x.dtype == torch.float64 else 1.001)
+
+    op = dataclasses.replace(OPS["select_tokens"], name="summed", reference=reference)
+    sample = Sample("huge", lambda: (torch.arange(1.0, 7).view(3, 2),), huge=True)
+    return check.check_sample(op, Backend("triton", run, "cpu", (torch.float32,)), sample, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("factor", "fits", "outcome"),
+    [
+        (1.0, True, "right"),
+        (1.01, True, "wrong"),
+        (1.001, False, "right"),  # as PyTorch to the last bit
+        (1.0, False, "error"),
+    ],
+)
+def test_a_huge_sample_is_compared_with_float64_where_that_fits(factor: float, fits: bool, outcome: str) -> None:
+    row = summed(lambda x: x.sum(0) * factor, fits)
+    assert row.outcome == outcome
+    assert row.lacked_memory is (outcome == "error")
+
+
+def test_a_huge_sample_must_repeat_itself() -> None:
+    runs: list[None] = []
+
+    def restless(x: torch.Tensor) -> torch.Tensor:
+        runs.append(None)
+        return x.sum(0) * (1 + 1e-6 * len(runs))
+
+    assert summed(restless, fits=True).detail == "two runs on the same inputs differ"
 
 
 def test_nothing_is_remembered_of_a_cpu() -> None:
