@@ -101,7 +101,7 @@ def _align_cells_kernel(
         cell = safe_row
         source = safe_row
     cell_rows = (
-        level_ptr + corners(source, num_cells, grid_w, width, area.to(tl.int64) * CHANNELS, PATCH, INNER)[:, None]
+        level_ptr + corners(source, num_cells, grid_w, width, tl.cast(area, tl.int64) * CHANNELS, PATCH, INNER)[:, None]
     )
     weight_cols = weight_ptr + (safe_col * DEPTH)[None, :]  # [1, BN]
 

@@ -73,7 +73,7 @@ def _level_kernel(
         acc = tl.dot(grad, weight, acc, input_precision=PRECISION)
 
     acc = tl.where((row < visible_count)[:, None], acc, 0.0)
-    corner = corners(cell, num_cells, grid_w, width, area.to(tl.int64) * CHANNELS, PATCH, INNER)
+    corner = corners(cell, num_cells, grid_w, width, tl.cast(area, tl.int64) * CHANNELS, PATCH, INNER)
     out = out_ptr + corner[:, None] + offsets(col, area, width, CHANNELS, PATCH, CHANNELS_LAST)[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(row < num_rows)[:, None] & (col < DEPTH)[None, :])
 
@@ -122,7 +122,7 @@ def _weight_kernel(
             cell = tl.load(order_ptr + cell).to(tl.int32)  # [BK]
         at = grad_ptr + (cell.to(tl.int64) * dim)[None, :] + safe_out_row[:, None]
         grad = tl.load(at, mask=used[None, :], other=0.0)  # [BM, BK]
-        corner = corners(cell, num_cells, grid_w, width, area.to(tl.int64) * CHANNELS, PATCH, INNER)
+        corner = corners(cell, num_cells, grid_w, width, tl.cast(area, tl.int64) * CHANNELS, PATCH, INNER)
         values = tl.load(level_ptr + corner[:, None] + offset[None, :], mask=used[:, None], other=0.0)  # [BK, BN]
         acc = tl.dot(grad, values, acc, input_precision=PRECISION)
 

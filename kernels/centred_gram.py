@@ -154,11 +154,11 @@ def _sum_splits_kernel(
         value = tl.zeros((COLUMNS,), dtype=tl.float32)
         for _ in range(splits):
             value += tl.load(place)
-            place += tiles.to(tl.int64) * (BLOCK * BLOCK)
+            place += tl.cast(tiles, tl.int64) * (BLOCK * BLOCK)
         value = tl.where((column == row) | (column >= n), 0.0, value)
         tl.store(gram + column, value, mask=column < n)
         total += value.to(tl.float64)
-    tl.store(means_ptr + program, tl.sum(total, axis=0) / (n - 2).to(tl.float64))
+    tl.store(means_ptr + program, tl.sum(total, axis=0) / tl.cast(n - 2, tl.float64))
 
 
 @triton.jit
@@ -176,7 +176,7 @@ def _centre_kernel(
     for start in range(0, n, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         total += tl.load(means + column, mask=column < n, other=0.0)
-    everything = tl.sum(total, axis=0) / (n - 1).to(tl.float64)
+    everything = tl.sum(total, axis=0) / tl.cast(n - 1, tl.float64)
     own = tl.load(means + row)
     for start in range(0, n, COLUMNS):
         column = start + tl.arange(0, COLUMNS)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .launch import AotCase, on_device, product_kind
 from .masked_depthwise import masked_depthwise
-from .taps import bundle_size, bundled, lowest_bit, present_groups, step_taps
+from .taps import MAX_GROUPS, bundle_size, bundled, lowest_bit, present_groups, step_taps
 
 __all__ = ["AOT_CASES", "CONFIGS", "ConvConfig", "choose_config", "masked_conv2d", "tiles"]
 
@@ -61,6 +61,7 @@ class ConvConfig(NamedTuple):
 # The static table, to be replaced by measurements; a benchmark sweeps CONFIGS[kind]. "half" is bf16 and fp16, "tf32" is
 # fp32 on tensor cores, "ieee" is fp32 on the CUDA cores, whose operands live in registers and so want thin slices.
 # Twice as many threads as rows: with fewer, each step would hand its row numbers around through shared memory.
+# Every tile fits into the 99 KiB that a block of sm_86, sm_89 and sm_120 has.
 CONFIGS: dict[str, dict[str, ConvConfig]] = {
     kind: {config.name: config for config in configs}
     for kind, configs in {
@@ -68,7 +69,7 @@ CONFIGS: dict[str, dict[str, ConvConfig]] = {
             ConvConfig("large", 128, 128, 64, num_warps=8, num_stages=4),
             ConvConfig("tall", 128, 64, 64, num_warps=8, num_stages=3),
             ConvConfig("small", 64, 64, 64, num_warps=4, num_stages=4),
-            ConvConfig("wide", 128, 256, 64, num_warps=8, num_stages=4),
+            ConvConfig("wide", 128, 256, 64, num_warps=8, num_stages=3),
             ConvConfig("pair", 128, 128, 64, num_warps=8, num_stages=3, maxnreg=128),
             ConvConfig("lean", 128, 64, 64, num_warps=4, num_stages=3),
         ),
@@ -218,7 +219,9 @@ def tiles(kind: str) -> dict[str, ConvConfig]:
 
 def _constants(kind: str, config: ConvConfig, cin: int, cout: int, groups: int, num_taps: int) -> dict[str, int | str]:
     cin_group, cout_group = cin // groups, cout // groups
-    block_c = _channel_block(cin_group, config.block_k)
+    # A window of more taps than bits takes several taps a step, each with fewer channels: a step stays BLOCK_K wide.
+    least = step_taps(num_taps)["STEP_TAPS"]
+    block_c = _channel_block(cin_group, max(config.block_k // least, 1))
     # With few channels a step takes several taps; the narrowest step that hides its latency, since the last is padded.
     wanted = 1 if cin_group >= 16 else min(config.block_k, 32) // block_c
     return {
@@ -237,17 +240,18 @@ def _constants(kind: str, config: ConvConfig, cin: int, cout: int, groups: int, 
 
 def _channel_block(cin_group: int, widest: int) -> int:
     """The channels of a step: the widest power of two that wastes at most a tenth more than the narrowest one would."""
-    if cin_group < 16:
-        return triton.next_power_of_2(cin_group)
+    if min(cin_group, widest) < 16:
+        return min(triton.next_power_of_2(cin_group), widest)
     blocks = [16 << i for i in range((widest // 16).bit_length())]
     least = min(triton.cdiv(cin_group, b) * b for b in blocks)
     return max(b for b in blocks if triton.cdiv(cin_group, b) * b <= 1.1 * least)
 
 
-def _options(config: ConvConfig) -> dict[str, int | bool | None]:
+def _options(config: ConvConfig, num_taps: int) -> dict[str, int | bool | None]:
     return {
         "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        # Row numbers of several taps at once go through shared memory too, under Triton 3.6.
+        "num_stages": config.num_stages if num_taps <= MAX_GROUPS else min(config.num_stages, 3),
         "maxnreg": config.maxnreg,
         "enable_fp_fusion": True,
     }
@@ -300,7 +304,7 @@ def masked_conv2d(
             out,
             rows,
             **constants,
-            **_options(config),
+            **_options(config, num_taps),
         )
     return out
 
@@ -324,7 +328,7 @@ def _aot_case(dtype: str, config: str, cin: int, cout: int, num_taps: int = 9, b
             **({} if bias else {"bias_ptr": None}),
             **_constants(kind, tile, cin, cout, groups=1, num_taps=num_taps),
         },
-        options=_options(tile),
+        options=_options(tile, num_taps),
         mma=kind != "ieee",
         # Rows and weights come by asynchronous copies of 16 bytes, wherever a tap has as many channels.
         requires=(r"\bLDGSTS",) if cin >= 16 else (),
@@ -336,6 +340,10 @@ AOT_CASES = [
     _aot_case("bf16", "large", 128, 128),
     _aot_case("fp16", "tall", 64, 64, bias=True),
     _aot_case("bf16", "tall", 3, 64, num_taps=49),
+    # More taps than bits.
+    _aot_case("bf16", "large", 128, 128, num_taps=121),
+    _aot_case("tf32", "large", 128, 128, num_taps=64),
+    _aot_case("fp32", "small", 128, 128, num_taps=81),
     _aot_case("tf32", "large", 128, 128),
     _aot_case("fp32", "tall", 64, 64),
 ]

@@ -16,6 +16,7 @@ Heads are neighbours in launch order, since they are neighbours in memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -47,19 +48,26 @@ class AttentionConfig(NamedTuple):
 
 
 # The static table, to be replaced by measurements; a benchmark sweeps CONFIGS[kind]. "half" is bf16 and fp16, "tf32" is
-# fp32 on tensor cores, "ieee" is fp32 on the CUDA cores, whose operands live in registers.
+# fp32 on tensor cores, "ieee" is fp32 on the CUDA cores, whose operands live in registers. A program holds whole heads:
+# "deep" is for those of more than 128 channels. So every tile fits into the 99 KiB that a block of sm_86, sm_89 and
+# sm_120 has.
 CONFIGS: dict[str, dict[str, AttentionConfig]] = {
     kind: {config.name: config for config in configs}
     for kind, configs in {
         "half": (
             AttentionConfig("large", 128, 64, num_warps=8, num_stages=3),
             AttentionConfig("small", 64, 32, num_warps=4, num_stages=3),
+            AttentionConfig("deep", 64, 32, num_warps=8, num_stages=2),
         ),
         "tf32": (
             AttentionConfig("large", 128, 32, num_warps=8, num_stages=2),
             AttentionConfig("small", 64, 32, num_warps=4, num_stages=2),
+            AttentionConfig("deep", 32, 16, num_warps=4, num_stages=2),
         ),
-        "ieee": (AttentionConfig("small", 32, 32, num_warps=8, num_stages=2),),
+        "ieee": (
+            AttentionConfig("small", 32, 32, num_warps=8, num_stages=2),
+            AttentionConfig("deep", 32, 16, num_warps=8, num_stages=2),
+        ),
     }.items()
 }
 FULL_GRID = 128  # programs that give each multiprocessor of a large GPU one; below, smaller tiles spread the work
@@ -129,7 +137,7 @@ def _packed_attention_kernel(
     tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid & in_head)
 
 
-def choose_config(dtype: torch.dtype, tokens: int, images: int, heads: int) -> AttentionConfig:
+def choose_config(dtype: torch.dtype, tokens: int, images: int, heads: int, head_dim: int) -> AttentionConfig:
     """The tile for a batch, from what the host knows: the mean length stands for all.
 
     Args:
@@ -137,17 +145,22 @@ def choose_config(dtype: torch.dtype, tokens: int, images: int, heads: int) -> A
         tokens: of all images, T.
         images: B, at least 1.
         heads: H.
+        head_dim: d, at most 256.
 
     Returns:
         A `AttentionConfig` of `CONFIGS`.
 
     Example:
-        >>> choose_config(torch.bfloat16, tokens=256 * 197, images=256, heads=12).name
+        >>> choose_config(torch.bfloat16, tokens=256 * 197, images=256, heads=12, head_dim=64).name
         'large'
-        >>> choose_config(torch.bfloat16, tokens=256 * 50, images=256, heads=12).name
+        >>> choose_config(torch.bfloat16, tokens=256 * 50, images=256, heads=12, head_dim=64).name
         'small'
+        >>> choose_config(torch.bfloat16, tokens=256 * 197, images=256, heads=4, head_dim=192).name
+        'deep'
     """
     table = CONFIGS[product_kind(dtype)]
+    if head_dim > 128:
+        return table["deep"]
     large = table.get("large", table["small"])
     # Half of a large tile would idle at 64 tokens or fewer.
     if tokens > 64 * images and triton.cdiv(tokens, large.block_m) * heads >= FULL_GRID:
@@ -188,7 +201,7 @@ def packed_attention(qkv: Tensor, starts: Tensor, scale: float, config: Attentio
     """Launches the attention; the arguments are already checked.
 
     Args:
-        qkv: (T, 3, H, d) fp32, bf16 or fp16, contiguous.
+        qkv: (T, 3, H, d) fp32, bf16 or fp16, contiguous, d at most 256.
         starts: (B + 1) int32, contiguous, from 0 to T and never descending.
         scale: factor on the scores.
         config: tile to use instead of the table's, for benchmarks.
@@ -201,7 +214,7 @@ def packed_attention(qkv: Tensor, starts: Tensor, scale: float, config: Attentio
     out = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if out.numel() == 0:
         return out
-    config = config or choose_config(qkv.dtype, tokens, images, heads)
+    config = config or choose_config(qkv.dtype, tokens, images, heads, head_dim)
     with on_device(qkv):
         _packed_attention_kernel[((tokens // config.block_m + images) * heads,)](
             qkv,
@@ -233,16 +246,23 @@ def _aot_case(dtype: str, config: AttentionConfig, heads: int, head_dim: int) ->
         },
         constexprs=_constants(kind, config, heads, head_dim),
         options=_options(config),
-        mma=kind != "ieee",
+        mma=kind != "ieee" and config.block_m >= 64,  # wgmma takes no fewer rows
         # Keys and values come by asynchronous copies, 16 bytes each but where TF32 wants its values transposed.
         requires=(r"\bLDGSTS",),
         forbids=(r"\bLDGSTS(?!\S*\.128\b)",) if kind == "half" else (),
     )
 
 
+def _aot_cases(heads: int, head_dim: int, dtypes: Iterable[str] = ("bf16",)) -> list[AotCase]:
+    """One for each tile that `choose_config` has for such heads."""
+    tiles = [(dtype, config) for dtype in dtypes for config in CONFIGS[_KINDS[dtype]].values()]
+    return [_aot_case(*tile, heads, head_dim) for tile in tiles if (tile[1].name == "deep") == (head_dim > 128)]
+
+
 AOT_CASES = [
-    *(_aot_case(dtype, config, 6, 64) for dtype, kind in _KINDS.items() for config in CONFIGS[kind].values()),
-    *(_aot_case("bf16", config, 12, 32) for config in CONFIGS["half"].values()),
-    *(_aot_case("bf16", config, 16, 72) for config in CONFIGS["half"].values()),
-    *(_aot_case("bf16", config, 16, 128) for config in CONFIGS["half"].values()),
+    *_aot_cases(6, 64, _KINDS),
+    *_aot_cases(12, 32),
+    *_aot_cases(16, 72),
+    *_aot_cases(16, 128),
+    *_aot_cases(4, 256, _KINDS),
 ]

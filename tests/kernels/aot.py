@@ -7,6 +7,7 @@ Run as a child process, with the interpreter off, since Triton decides at import
 The report is a list of records: kernel file, case, architecture, registers, shared memory in bytes, and the faults as
 sentences; an empty list is a pass. Without ``--all`` one case of a kernel file, with matrix products if it has any, is
 compiled and disassembled for every architecture; the others are compiled for one, in turn, and asked what they use.
+With it that one case is also asked what it uses on GPUs with little shared memory.
 Two cases that are spoilt on purpose, under the kernel name "spoilt", show that faults are found.
 """
 
@@ -26,7 +27,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ARCHS = (80, 90, 100)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+SMALL_ARCHS = (89, 120)  # laid out as for sm_80, in less shared memory
+# Bytes that a block may have. That of sm_80 are 163 KiB, but its tiles must fit the smaller ones too.
+SHARED_LIMIT = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TENSOR_CORE = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
 STACK_OF_OLD = (
     32  # bytes that Tritons may spill that are older than 3.7: tiles were chosen with the ptxas of newer ones
@@ -107,7 +110,14 @@ def jobs(everything):
             if everything or case is everywhere:
                 yield from ((name, case, arch) for arch in ARCHS)
             else:
-                yield name, dataclasses.replace(case, mma=False, requires=(), forbids=()), next(turn)
+                yield name, uses_only(case), next(turn)
+        if everything:
+            yield from ((name, uses_only(everywhere), arch) for arch in SMALL_ARCHS)
+
+
+def uses_only(case):
+    """A case that asks what the machine code uses, not what is in it."""
+    return dataclasses.replace(case, mma=False, requires=(), forbids=())
 
 
 def spoilt():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from fastmkd.ops import get_op
 from fastmkd.ops import triton as triton_backend
 from fastmkd.ops.accuracy import judge, upcast
+from fastmkd.ops.arguments import map_tensors, tensors
 
 INTERPRETED = triton_backend.interpreted()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -31,6 +34,60 @@ def check(name: str, args: tuple[Any, ...]) -> None:
     assert verdict.ok, verdict
     for _ in range(AGAIN):
         assert torch.equal(run(*args), out), "two runs on the same inputs differ"
+
+
+def check_tf32(name: str, args: tuple[Any, ...], factors: tuple[int, ...] = (0, 1)) -> None:
+    """The launcher follows PyTorch's switch, and is as right as TF32 can be expected to be.
+
+    A tensor core reads the first ten bits after the point of a float32 factor. cuBLAS rounds to those; Triton leaves
+    it to the core, which cuts the others off: 2^-10 of a factor are lost at most, where rounding loses 2^-11, and what
+    is lost has a sign, so that it adds up in a long sum. So twice the error of PyTorch is too little here. Allowed is
+    twice that of the reference on factors that were cut; a core that rounds has less.
+    """
+    run, reference = triton_backend.launcher(name), get_op(name).reference
+    shorter = tuple(map_tensors(cut, (arg,))[0] if at in factors else arg for at, arg in enumerate(args))
+    exact, full, plain = (tensors((x,)) for x in (reference(*upcast(args)), run(*args), reference(*shorter)))
+    with tf32_products():
+        fast = tensors((run(*args),))
+    for x, in_full, wide, short in zip(fast, full, exact, plain, strict=True):
+        verdict = judge(x, wide, short)
+        assert verdict.ok, verdict
+        assert (in_full - wide).abs().max() < 0.1 * (x - wide).abs().max(), "the switch changed nothing"
+
+
+def cut(x: Tensor) -> Tensor:
+    """The factors that a tensor core reads for TF32."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+@contextlib.contextmanager
+def tf32_products() -> Iterator[None]:
+    """Inside the block products of float32 are TF32; the interpreter, which multiplies in full, cuts the factors."""
+    # pytest's monkeypatch would delete the switch when it is done, since no dictionary holds it.
+    switch, undo = torch.backends.cuda.matmul, pytest.MonkeyPatch()
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32"
+    if INTERPRETED:
+        _cut_factors_of_tf32(undo)
+    try:
+        yield
+    finally:
+        undo.undo()
+        switch.fp32_precision = before
+
+
+def _cut_factors_of_tf32(patch: pytest.MonkeyPatch) -> None:
+    from triton._C.libtriton import ir
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    in_full = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> Any:
+        if precision == ir.INPUT_PRECISION.TF32 and a.data.dtype == np.float32:
+            a, b = (TensorHandle(cut(torch.tensor(x.data)).numpy(), x.dtype) for x in (a, b))
+        return in_full(self, a, b, d, precision, *rest)
+
+    patch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 def crossed(cases: Iterable[Any], dtypes: list[torch.dtype] = DTYPES) -> list[Any]:

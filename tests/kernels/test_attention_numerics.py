@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import DEVICE, INTERPRETED, check, crossed, draw, product_dtypes, small_or_all
+from numerics import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    check,
+    check_tf32,
+    crossed,
+    draw,
+    product_dtypes,
+    small_or_all,
+    tf32_products,
+)
 
 from fastmkd.ops import get_op
 from fastmkd.ops import triton as triton_backend
@@ -38,6 +49,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "odd_head": {"lengths": [20, 13], "heads": 2, "dim": 23},
     "head_of_72": {"lengths": [35, 50], "heads": 2, "dim": 72},
     "head_of_128": {"lengths": [35], "heads": 1, "dim": 128},
+    "head_of_200": {"lengths": [19, 35], "heads": 1, "dim": 200},
     "more_images_than_a_search_block": {"lengths": [1, 2] * 150, "heads": 1, "dim": 16},
     "sharp": {"lengths": [50, 70], "heads": 1, "dim": 64, "spread": 6},
     "deit": {"lengths": [99, 50], "heads": 3, "dim": 64},
@@ -67,6 +79,25 @@ def test_every_tile_of_the_table(dtype: torch.dtype) -> None:
         assert verdict.ok, (config, verdict)
 
 
+def test_wide_heads_get_a_tile_of_their_own_and_wider_ones_run_as_plain_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fastmkd.kernels.packed_attention import choose_config
+
+    names = lambda dim: {choose_config(dtype, 9999, 9, 12, dim).name for dtype in DTYPES}  # noqa: E731
+    assert (names(128), names(129), names(256)) == ({"large", "small"}, {"deep"}, {"deep"})
+    with tf32_products():
+        assert (names(128), names(256)) == ({"large"}, {"deep"})
+
+    op, launched = get_op("packed_attention"), []
+    monkeypatch.setattr(triton_backend, "launcher", lambda name: lambda *args: launched.append(args))
+    for head_dim in (256, 257):
+        args = attention_args(torch.float32, [9, 5], heads=1, dim=head_dim)
+        out = op.backends["triton"].run(*args)
+    assert torch.equal(out, op.reference(*args))
+    assert [args[0].shape[-1] for args in launched] == [256]
+
+
 @pytest.mark.parametrize("dtype", product_dtypes(), ids=str)
 def test_images_do_not_see_each_other(dtype: torch.dtype) -> None:
     qkv, starts, scale = attention_args(dtype, [30, 41, 12], heads=2, dim=16)
@@ -77,6 +108,11 @@ def test_images_do_not_see_each_other(dtype: torch.dtype) -> None:
     assert out[30:71].isnan().all()
     out[30:71] = expected[30:71]
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("case", small_or_all({"deit": SMALL["deit"]}, {"deit_small": LARGE["deit_small"]}))
+def test_tf32_follows_the_switch_of_pytorch(case: str) -> None:
+    check_tf32("packed_attention", attention_args(torch.float32, **{**SMALL, **LARGE}[case]), factors=(0,))
 
 
 def test_every_image_has_its_programs() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from numerics import AGAIN, DEVICE, INTERPRETED, crossed, draw, product_dtypes
+from numerics import AGAIN, DEVICE, INTERPRETED, check_tf32, crossed, draw, product_dtypes
 
 from fastmkd.ops import get_op
 from fastmkd.ops import triton as triton_backend
@@ -30,7 +32,31 @@ SHAPES = [
 def test_aligned_cells_and_their_gradient(
     shape: tuple[int, int, tuple[int, int], int, int, float | None], dtype: torch.dtype, channels_last: bool
 ) -> None:
-    batch, channels, grid, patch, width, hidden = shape
+    forward, backward = arguments(*shape, dtype, channels_last)
+    level, weight, _, *rest = forward
+    assert_right("align_cells", forward)
+    assert_right("align_cells", (level, weight, None, *rest))
+    assert_right("align_cells_grad", backward)
+
+
+def test_tf32_follows_the_switch_of_pytorch() -> None:
+    shape = (2, 5, (3, 4), 2, 7, 0.4) if INTERPRETED else (16, 256, (16, 16), 4, 4096, 0.5)
+    forward, backward = arguments(*shape, torch.float32, channels_last=False)
+    check_tf32("align_cells", forward)
+    check_tf32("align_cells_grad", backward, factors=(0, 1, 3))
+
+
+def arguments(
+    batch: int,
+    channels: int,
+    grid: tuple[int, int],
+    patch: int,
+    width: int,
+    hidden: float | None,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Those of align_cells and of align_cells_grad."""
     count, depth = grid[0] * grid[1], patch * patch * channels
     make = lambda *size, seed=0: draw(*size, seed=seed).to(DEVICE, dtype)  # noqa: E731
     level = make(batch, channels, grid[0] * patch, grid[1] * patch)
@@ -42,9 +68,8 @@ def test_aligned_cells_and_their_gradient(
         generator = torch.Generator().manual_seed(0)
         visible = (torch.rand(batch, count, generator=generator) >= hidden).to(DEVICE)
         mask_token = make(width, seed=1)
-    assert_right("align_cells", (level, weight, bias, visible, mask_token, positions, patch))
-    assert_right("align_cells", (level, weight, None, visible, mask_token, positions, patch))
-    assert_right("align_cells_grad", (level, weight, visible, make(batch, count, width, seed=2), patch))
+    forward = level, weight, bias, visible, mask_token, positions, patch
+    return forward, (level, weight, visible, make(batch, count, width, seed=2), patch)
 
 
 def assert_right(name: str, args: tuple[object, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import DEVICE, INTERPRETED, check, crossed, draw, long_unless, product_dtypes, small_or_all
+from numerics import DEVICE, INTERPRETED, check, check_tf32, crossed, draw, long_unless, product_dtypes, small_or_all
 from torch import Tensor
 
 from fastmkd.ops import get_op
@@ -39,6 +39,14 @@ CASES_LARGE = {
 def test_centred_gram(case: str, dtype: torch.dtype) -> None:
     options = dict({**CASES, **CASES_LARGE}[case])
     check("centred_gram", layers(dtype, options.pop("n"), *options.pop("widths"), **options))
+
+
+@pytest.mark.parametrize(
+    "case", small_or_all({"one_tile": CASES["one_tile"]}, {"batch_1000": CASES_LARGE["batch_1000"]})
+)
+def test_tf32_follows_the_switch_of_pytorch(case: str) -> None:
+    options = dict({**CASES, **CASES_LARGE}[case])
+    check_tf32("centred_gram", layers(torch.float32, options.pop("n"), *options.pop("widths"), **options), factors=(0,))
 
 
 def test_more_images_than_columns_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,12 @@ With a GPU these tests run on it; without one test_interpreter.py runs them as d
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from numerics import DEVICE, INTERPRETED, check, crossed, draw, long_unless, product_dtypes, small_or_all
+from numerics import DEVICE, INTERPRETED, check, check_tf32, crossed, draw, long_unless, product_dtypes, small_or_all
 from torch import Tensor
 
 from fastmkd.nn.masks import random_mask
@@ -96,6 +97,8 @@ SMALL = {
     "odd_channels": {"rows": (20, 33), "channels": (17, 67)},
     "stem": {"rows": (50, 40), "channels": (3, 24), "kernel": (7, 7)},
     "more_taps_than_bits": {"rows": (30, 20), "channels": (8, 8), "kernel": (9, 9)},
+    "wide_step": {"rows": (30, 20), "channels": (40, 8), "kernel": (11, 11)},
+    "many_taps_a_step": {"rows": (20, 20), "channels": (20, 16), "kernel": (17, 17)},
     "one_row_window": {"rows": (30, 20), "channels": (8, 8), "kernel": (1, 5)},
     "narrow_groups": {"rows": (30, 40), "channels": (32, 32), "groups": 8},
     "uneven_groups": {"rows": (30, 40), "channels": (18, 12), "groups": 6},
@@ -206,6 +209,17 @@ def test_every_tile_of_the_tables(dtype: torch.dtype) -> None:
         torch.testing.assert_close(partial.sum(0).double(), exact, rtol=1e-4, atol=1e-4)
 
 
+def test_a_step_is_no_wider_than_its_tile_says() -> None:
+    """Its shared memory is planned for BLOCK_K products, up to a window of 31 x 31."""
+    from fastmkd.kernels import masked_conv2d as conv
+
+    for kind, configs in conv.CONFIGS.items():
+        for config, cin, side in product(configs.values(), (1, 3, 8, 12, 16, 24, 64, 80, 256), range(1, 32)):
+            constants = conv._constants(kind, config, cin, 64, 1, side * side)
+            width = constants["STEP_TAPS"] * constants["BLOCK_C"]
+            assert 16 <= width <= max(config.block_k, 32 if side > 22 else 0), (kind, config.name, cin, side)
+
+
 @pytest.mark.parametrize("groups", [1, 24], ids=["dense", "depthwise"])
 def test_rows_without_a_tap_are_not_read(groups: int) -> None:
     values, *rest = conv_args(torch.float32, (40, 30), (24, 24), groups=groups)
@@ -235,17 +249,10 @@ def test_a_weight_of_any_strides_is_taken() -> None:
     assert torch.equal(run(values, channels_last, *rest), run(values, weight, *rest))
 
 
-@pytest.mark.gpu
-def test_tf32_follows_the_switch_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = plan_args(torch.float32, **LARGE["resnet_stage_2"])
-    for name, arguments in (("masked_conv2d", args), ("masked_conv2d_weight", weight_args(args))):
-        run, reference = triton_backend.launcher(name), get_op(name).reference
-        exact, full = reference(*upcast(arguments)), run(*arguments)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-            fast, plain = run(*arguments), reference(*arguments)
-        assert judge(fast, exact, plain, tf32=True).ok
-        assert (full - exact).abs().max() < 0.1 * (fast - exact).abs().max(), "the switch changed nothing"
+def test_tf32_follows_the_switch_of_pytorch() -> None:
+    args = build("several_channel_blocks" if INTERPRETED else "resnet_stage_2", torch.float32)
+    check_tf32("masked_conv2d", args)
+    check_tf32("masked_conv2d_weight", weight_args(args))
 
 
 @pytest.mark.gpu

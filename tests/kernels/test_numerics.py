@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import DEVICE, DTYPES, INTERPRETED, check, crossed, draw, long_unless, product_dtypes, small_or_all
+from numerics import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    check,
+    check_tf32,
+    crossed,
+    draw,
+    long_unless,
+    product_dtypes,
+    small_or_all,
+)
 from torch import Tensor
 
 from fastmkd.ops import get_op
@@ -218,15 +229,11 @@ def test_order_of_kept_patches_is_the_order_of_rows() -> None:
     assert torch.equal(run(images, weight, bias, pos, keep[:, shuffle].contiguous(), *stride), expected)
 
 
-@pytest.mark.gpu
-def test_tf32_follows_the_switch_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = patch_args(torch.float32, (8, 3, 224, 224), (16, 16), dim=384, k=98)
-    run, reference = triton_backend.launcher("patch_embed"), get_op("patch_embed").reference
-    exact, full = reference(*upcast(args)), run(*args)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    fast = run(*args)
-    assert judge(fast, exact, reference(*args), tf32=True).ok
-    assert (full - exact).abs().max() < 0.1 * (fast - exact).abs().max(), "the switch changed nothing"
+def test_tf32_follows_the_switch_of_pytorch() -> None:
+    size = (
+        {"size": (2, 3, 32, 32), "dim": 40, "k": 3} if INTERPRETED else {"size": (8, 3, 224, 224), "dim": 384, "k": 98}
+    )
+    check_tf32("patch_embed", patch_args(torch.float32, patch=(16, 16), **size))
 
 
 @pytest.mark.gpu

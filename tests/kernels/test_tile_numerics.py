@@ -120,7 +120,8 @@ def test_no_other_tile_is_chosen(kind: str) -> None:
             for rows, width in product(powers, powers)
         },
         packed_attention: {
-            packed_attention.choose_config(dtype, tokens, images, 6) for tokens, images in product(powers, powers)
+            packed_attention.choose_config(dtype, tokens, images, 6, dim)
+            for tokens, images, dim in product(powers, powers, (64, 256))
         },
         patch_embed: {patch_embed.choose_config(dtype, rows, width) for rows, width in product(powers, powers)},
     }

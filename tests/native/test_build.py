@@ -124,6 +124,22 @@ def test_cuda_can_be_refused(tmp_path, run, root):
     assert build["cuda_archs"] == []
 
 
+def test_warnings_are_errors_for_developers_and_not_for_an_install(tmp_path, run, root):
+    """Of both compilers: a library that a newer nvcc warns about must not take the CPU's library with it."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc here")
+    variables = load_setup().cmake_variables("ninja", tmp_path)
+    torch_root = f"-DFASTMKD_TORCH_ROOT={variables['FASTMKD_TORCH_ROOT']}"
+    options = [torch_root, "-DFASTMKD_BUILD_CUDA=1", "-DFASTMKD_CUDA_ARCHS=90"]
+    found = []
+    for setting in (variables["FASTMKD_WERROR"], "ON"):
+        configure(run, root, tmp_path, *options, f"-DFASTMKD_WERROR={setting}")
+        rules = (tmp_path / "build.ninja").read_text()
+        assert "-Xcompiler=-Wall,-Wextra,-Wshadow" in rules
+        found.append(("--Werror=all-warnings" in rules, " -Werror " in rules))
+    assert found == [(False, False), (True, True)]
+
+
 def test_asking_for_cuda_without_nvcc_fails_in_one_sentence(tmp_path, root):
     import subprocess
 
