@@ -7,7 +7,7 @@
 #
 # The stages, in this order, the ones that only a GPU can answer first:
 #
-#   check      every op, backend and sample against the reference, one process an op
+#   check      every op, backend, sample and tile against the reference, one process an op
 #   beyond     the tests that gpu_status.py names: steps, plans and graphs, which no sample of an op shows
 #   bench      bf16 of the benchmarks in which a number was asked for on a GPU
 #   tests      the other GPU tests

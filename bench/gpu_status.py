@@ -1,9 +1,10 @@
 """What a GPU has proven and what not: writes ``docs/gpu-status.md`` and the ``verified`` part of the shipped tables.
 
 An op's row is proven when a committed record of ``fastmkd check --json`` (``bench/results/<gpu>/check.jsonl``) holds
-all samples of that op and backend and every one of them is right; what is more than an op, when every case of its GPU
-test passed in the committed ``bench/results/<gpu>/tests.jsonl`` (`fastmkd.bench.outcomes`); a number, when a committed
-benchmark record has it. What time did not reach is not proven. Run it with ``python -m fastmkd.bench.gpu_status``.
+all samples and tiles of that op and backend and every one of them is right; what is more than an op, when every case of
+its GPU test passed in the committed ``bench/results/<gpu>/tests.jsonl`` (`fastmkd.bench.outcomes`); a number, when a
+committed benchmark record has it. What time did not reach is not proven. Run it with
+``python -m fastmkd.bench.gpu_status``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastmkd.ops.registry import Backend
 from .report import latest, load
 from .targets import TARGETS
 
-__all__ = ["render", "write"]
+__all__ = ["render", "verified", "write"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -106,7 +107,11 @@ def records(results: Path = RESULTS) -> dict[tuple[str, str], dict[str, list[dic
 
 def proven(rows: list[dict[str, Any]]) -> bool:
     """True when no sample is missing (the run may have been stopped) and every one is right."""
-    return bool(rows) and len(rows) >= rows[-1]["of"] and all(row["outcome"] == "right" for row in rows)
+    return _whole(rows) and all(row["outcome"] == "right" for row in rows)
+
+
+def _whole(rows: list[dict[str, Any]]) -> bool:
+    return bool(rows) and len(rows) >= rows[-1]["of"]
 
 
 def passed(test: str, results: Path = RESULTS) -> list[str]:
@@ -156,16 +161,28 @@ def _numbers(results: Path) -> list[str]:
     return rows
 
 
+def verified(results: Path = RESULTS) -> dict[str, list[str]]:
+    """What needs no verdict on a device, as `fastmkd.ops.cache.verified` reads it.
+
+    Args:
+        results: folder of the records.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    for (op, backend), devices in records(results).items():
+        for device, rows in devices.items():
+            if device == "cpu" or backend == "eager" or not _whole(rows):
+                continue
+            for part in ("", "/tf32"):  # products as TF32 have a verdict of their own
+                if {row["outcome"] for row in rows if (row["dtype"] == "tf32") == bool(part)} == {"right"}:
+                    found[device].append(f"{op}/{backend}{part}")
+    return found
+
+
 def write() -> None:
-    """Writes the page, and which pairs are verified into the table of each device on record."""
+    """Writes the page, and what is verified into the table of each device on record."""
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(render())
-    verified: dict[str, list[str]] = defaultdict(list)
-    for (op, backend), devices in records().items():
-        for device, rows in devices.items():
-            if device != "cpu" and backend != "eager" and proven(rows):
-                verified[device].append(f"{op}/{backend}")
-    for device, pairs in verified.items():
+    for device, pairs in verified().items():
         path = TABLES / f"{device}.json"
         table = json.loads(path.read_text()) if path.is_file() else {"choices": {}}
         path.write_text(json.dumps({**table, "verified": sorted(pairs)}, indent=1) + "\n")

@@ -31,6 +31,7 @@ __all__ = [
     "offsets",
     "ordered_weight",
     "tile_options",
+    "tiles",
     "visible_first",
 ]
 
@@ -175,6 +176,19 @@ def choose_tile(dtype: torch.dtype, rows: int, width: int) -> TileConfig:
     """
     kind = product_kind(dtype)
     return CONFIGS[kind][-1] if kind == "tf32" else choose_config(dtype, rows, width)
+
+
+def tiles(kind: str) -> dict[str, TileConfig]:
+    """The tiles that `choose_tile` chooses from, by name.
+
+    Args:
+        kind: see `fastmkd.kernels.launch.product_kind`.
+
+    Example:
+        >>> list(tiles("tf32"))
+        ['small']
+    """
+    return {config.name: config for config in (CONFIGS[kind][-1:] if kind == "tf32" else CONFIGS[kind])}
 
 
 def tile_options(kind: str, config: TileConfig) -> dict[str, int | str | bool]:

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .align_cells import aot_case, choose_tile, corners, offsets, ordered_weight, tile_options, visible_first
+from .align_cells import aot_case, choose_tile, corners, offsets, ordered_weight, tile_options, tiles, visible_first
 from .launch import AotCase, on_device, product_kind
 from .patch_embed import CONFIGS, TileConfig
 
-__all__ = ["AOT_CASES", "align_cells_grad"]
+__all__ = ["AOT_CASES", "align_cells_grad", "tiles"]
 
 FULL_GRID = 256  # programs below which the sum over cells is cut
 LEAST_ROWS = 256  # cells of a split
@@ -132,7 +132,12 @@ def _weight_kernel(
 
 
 def align_cells_grad(
-    level: Tensor, weight: Tensor, visible: Tensor | None, grad: Tensor, patch: int
+    level: Tensor,
+    weight: Tensor,
+    visible: Tensor | None,
+    grad: Tensor,
+    patch: int,
+    config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launches both kernels; arguments as in `fastmkd.ops.align_cells_grad`, already checked.
 
@@ -142,6 +147,7 @@ def align_cells_grad(
         visible: ``(B, gh * gw)`` bool or None.
         grad: ``(B, gh * gw, D)`` of the same dtype.
         patch: p.
+        config: tile of both kernels to use instead of the table's.
 
     Returns:
         The gradients, like `level` and like `weight`.
@@ -159,8 +165,8 @@ def align_cells_grad(
     sizes = (num_rows, num_cells, width // patch, width, height * width, dim)
     constants = {"CHANNELS": channels, "PATCH": patch, "CHANNELS_LAST": channels_last}
     with on_device(level):
-        config = choose_tile(level.dtype, num_rows, depth)
-        _level_kernel[(triton.cdiv(num_rows, config.block_m) * triton.cdiv(depth, config.block_n),)](
+        tile = config or choose_tile(level.dtype, num_rows, depth)
+        _level_kernel[(triton.cdiv(num_rows, tile.block_m) * triton.cdiv(depth, tile.block_n),)](
             grad,
             ordered_weight(weight, channels) if reordered else weight,
             order,
@@ -168,13 +174,13 @@ def align_cells_grad(
             d_level,
             *sizes,
             **constants,
-            **tile_options(kind, config),
+            **tile_options(kind, tile),
         )
-        config = _weight_tile(choose_tile(level.dtype, dim, depth))
-        row_blocks = triton.cdiv(dim, config.block_m)
-        blocks = row_blocks * triton.cdiv(depth, config.block_n)
+        tile = _weight_tile(config or choose_tile(level.dtype, dim, depth))
+        row_blocks = triton.cdiv(dim, tile.block_m)
+        blocks = row_blocks * triton.cdiv(depth, tile.block_n)
         splits = max(1, min(FULL_GRID // blocks, num_rows // LEAST_ROWS))
-        split_rows = triton.cdiv(triton.cdiv(num_rows, splits), config.block_k) * config.block_k
+        split_rows = triton.cdiv(triton.cdiv(num_rows, splits), tile.block_k) * tile.block_k
         partial = torch.empty((splits, dim, depth), dtype=torch.float32, device=level.device)
         _weight_kernel[(blocks * splits,)](
             grad,
@@ -186,7 +192,7 @@ def align_cells_grad(
             split_rows,
             row_blocks,
             **constants,
-            **tile_options(kind, config),
+            **tile_options(kind, tile),
         )
     d_weight = partial.sum(0).to(weight.dtype)
     return d_level, ordered_weight(d_weight, channels, back=True) if reordered else d_weight

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .launch import AotCase, on_device, product_kind
 
-__all__ = ["AOT_CASES", "TileConfig", "centred_gram", "choose_config", "choose_split"]
+__all__ = ["AOT_CASES", "TileConfig", "centred_gram", "choose_config", "choose_split", "tiles"]
 
 
 class TileConfig(NamedTuple):
@@ -203,6 +203,19 @@ def choose_config(dtype: torch.dtype, n: int, align: int = 16) -> TileConfig:
     """
     configs = [c for c in CONFIGS[product_kind(dtype)] if c.block <= 64 or align * dtype.itemsize >= 4]
     return next((config for config in configs if config.block >= n), configs[-1])
+
+
+def tiles(kind: str) -> dict[str, TileConfig]:
+    """The tiles that `choose_config` chooses from, by name.
+
+    Args:
+        kind: see `fastmkd.kernels.launch.product_kind`.
+
+    Example:
+        >>> list(tiles("ieee"))
+        ['16', '32', '64']
+    """
+    return {str(config.block): config for config in CONFIGS[kind]}
 
 
 def choose_split(widths: list[int], tiles: int) -> int:

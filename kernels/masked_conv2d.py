@@ -33,7 +33,7 @@ from .launch import AotCase, on_device, product_kind
 from .masked_depthwise import masked_depthwise
 from .taps import MAX_GROUPS, bundle_size, bundled, lowest_bit, present_groups, step_taps
 
-__all__ = ["AOT_CASES", "CONFIGS", "ConvConfig", "choose_config", "masked_conv2d"]
+__all__ = ["AOT_CASES", "CONFIGS", "ConvConfig", "choose_config", "masked_conv2d", "tiles"]
 
 
 class ConvConfig(NamedTuple):
@@ -202,6 +202,19 @@ def choose_config(dtype: torch.dtype, rows: int, cout: int, groups: int = 1) -> 
         if config.block_n <= triton.next_power_of_2(width) and programs >= FULL_GRID:
             return config
     return table["small"]
+
+
+def tiles(kind: str) -> dict[str, ConvConfig]:
+    """The tiles that `choose_config` chooses from, by name.
+
+    Args:
+        kind: see `fastmkd.kernels.launch.product_kind`.
+
+    Example:
+        >>> list(tiles("ieee"))
+        ['tall', 'small']
+    """
+    return {name: CONFIGS[kind][name] for name in CHOICE if name in CONFIGS[kind]}
 
 
 def _constants(kind: str, config: ConvConfig, cin: int, cout: int, groups: int, num_taps: int) -> dict[str, int | str]:

@@ -26,7 +26,7 @@ from .launch import AotCase, on_device, product_kind
 from .masked_depthwise import depthwise_weight_partials
 from .taps import bundle_size, lowest_bit
 
-__all__ = ["AOT_CASES", "CONFIGS", "WeightConfig", "choose_config", "masked_conv2d_weight"]
+__all__ = ["AOT_CASES", "CONFIGS", "WeightConfig", "choose_config", "masked_conv2d_weight", "tiles"]
 
 
 class WeightConfig(NamedTuple):
@@ -219,6 +219,19 @@ def choose_config(
     while steps > LEAST_STEPS and blocks * num_taps * triton.cdiv(rows, steps * config.block_k) < FULL_GRID:
         steps //= 2
     return config._replace(steps=steps)
+
+
+def tiles(kind: str) -> dict[str, WeightConfig]:
+    """The tiles that `choose_config` chooses from, by name.
+
+    Args:
+        kind: see `fastmkd.kernels.launch.product_kind`.
+
+    Example:
+        >>> list(tiles("ieee"))
+        ['large', 'small']
+    """
+    return {config.name: config for config in CONFIGS[kind]}
 
 
 def _constants(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .launch import AotCase, on_device, product_kind
 
-__all__ = ["AOT_CASES", "CONFIGS", "AttentionConfig", "choose_config", "packed_attention"]
+__all__ = ["AOT_CASES", "CONFIGS", "AttentionConfig", "choose_config", "packed_attention", "tiles"]
 
 LOG2_E = 1.4426950408889634
 SEARCH_BLOCK = 256  # offsets that a program looks at together
@@ -166,6 +166,19 @@ def choose_config(dtype: torch.dtype, tokens: int, images: int, heads: int, head
     if tokens > 64 * images and triton.cdiv(tokens, large.block_m) * heads >= FULL_GRID:
         return large
     return table["small"]
+
+
+def tiles(kind: str) -> dict[str, AttentionConfig]:
+    """The tiles that `choose_config` chooses from, by name.
+
+    Args:
+        kind: see `fastmkd.kernels.launch.product_kind`.
+
+    Example:
+        >>> list(tiles("ieee"))
+        ['small']
+    """
+    return dict(CONFIGS[kind])
 
 
 def _constants(kind: str, config: AttentionConfig, heads: int, head_dim: int) -> dict[str, int | str]:

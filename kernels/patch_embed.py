@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .launch import AotCase, on_device, product_kind
 
-__all__ = ["AOT_CASES", "CONFIGS", "TileConfig", "choose_config", "patch_embed"]
+__all__ = ["AOT_CASES", "CONFIGS", "TileConfig", "choose_config", "patch_embed", "tiles"]
 
 
 class TileConfig(NamedTuple):
@@ -149,6 +149,19 @@ def choose_config(dtype: torch.dtype, rows: int, embed_dim: int) -> TileConfig:
         if triton.cdiv(rows, config.block_m) * triton.cdiv(embed_dim, config.block_n) >= FULL_GRID:
             return config
     return small
+
+
+def tiles(kind: str) -> dict[str, TileConfig]:
+    """The tiles that `choose_config` chooses from, by name.
+
+    Args:
+        kind: see `fastmkd.kernels.launch.product_kind`.
+
+    Example:
+        >>> list(tiles("ieee"))
+        ['large', 'small']
+    """
+    return {config.name: config for config in CONFIGS[kind]}
 
 
 def _tile_constants(kind: str, config: TileConfig) -> dict[str, int | str]:

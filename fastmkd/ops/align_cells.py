@@ -22,7 +22,7 @@ from torch import Tensor
 from . import native, triton
 from .align_cells_grad import align_cells_grad
 from .autocast import autocast_dtype
-from .cells import CellInputs, cells, check_cells, check_like, level_samples
+from .cells import CellInputs, cells, check_cells, check_like, level_samples, tile_level
 from .registry import Backend, BadInput, Cost, Sample, declare
 
 __all__ = ["align_cells"]
@@ -147,23 +147,29 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def samples(device: str, dtype: torch.dtype) -> list[Sample]:
-    def build(make: CellInputs, patch: int, bias: bool) -> tuple[Any, ...]:
-        level, weight, visible = make()
-        g, dim = torch.Generator().manual_seed(7), weight.shape[0]
-        draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype)  # noqa: E731
-        positions = draw(level.shape[2] * level.shape[3] // patch**2, dim)
-        return level, weight, draw(dim) if bias else None, visible, draw(dim) if visible is not None else None, \
-            positions, patch  # fmt: skip
-
     return [
         Sample(
             name,
-            partial(build, make, patch, name != "channels_last"),
+            partial(_build, make, patch, bias=name != "channels_last"),
             grad=(0, 1, 2, 4, 5) if small else (),
             huge=name == "huge",
         )
         for name, make, patch, small in level_samples(device, dtype)
     ]
+
+
+def tile_sample(device: str, dtype: torch.dtype) -> Sample:
+    return Sample("tiles", partial(_build, *tile_level(device, dtype)))
+
+
+def _build(make: CellInputs, patch: int, bias: bool = True) -> tuple[Any, ...]:
+    level, weight, visible = make()
+    g, dim = torch.Generator().manual_seed(7), weight.shape[0]
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(level)  # noqa: E731
+    positions = draw(level.shape[2] * level.shape[3] // patch**2, dim)
+    offset = draw(dim) if bias else None
+    mask_token = draw(dim) if visible is not None else None
+    return level, weight, offset, visible, mask_token, positions, patch
 
 
 def bad_inputs() -> list[BadInput]:
@@ -207,10 +213,13 @@ _entry = declare(
     backward=backward,
     setup_context=setup_context,
     samples=samples,
+    tile_sample=tile_sample,
     bad_inputs=bad_inputs,
     cost=cost,
     backends=[
         Backend("cpp", native.entry("align_cells"), "cpu", LOW, native.missing_cpu),
-        Backend("triton", triton.launcher("align_cells"), "cuda", LOW, triton.missing),
+        Backend(
+            "triton", triton.launcher("align_cells"), "cuda", LOW, triton.missing, tiles=triton.tiles("align_cells")
+        ),
     ],
 )

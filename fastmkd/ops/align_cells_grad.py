@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import native, triton
-from .cells import CellInputs, cells, check_cells, check_like, level_of, level_samples
+from .cells import CellInputs, cells, check_cells, check_like, level_of, level_samples, tile_level
 from .registry import Backend, BadInput, Cost, Sample, declare
 
 __all__ = ["align_cells_grad"]
@@ -92,17 +92,22 @@ def backward(ctx: Any, g_level: Tensor, g_weight: Tensor) -> tuple[Tensor | None
 
 
 def samples(device: str, dtype: torch.dtype) -> list[Sample]:
-    def build(make: CellInputs, patch: int) -> tuple[Any, ...]:
-        level, weight, visible = make()
-        count = level.shape[2] * level.shape[3] // patch**2
-        g = torch.Generator().manual_seed(8)
-        grad = torch.randn(level.shape[0], count, weight.shape[0], generator=g).to(device, dtype)
-        return level, weight, visible, grad, patch
-
     return [
-        Sample(name, partial(build, make, patch), grad=(0, 1, 3) if small else (), huge=name == "huge")
+        Sample(name, partial(_build, make, patch), grad=(0, 1, 3) if small else (), huge=name == "huge")
         for name, make, patch, small in level_samples(device, dtype)
     ]
+
+
+def tile_sample(device: str, dtype: torch.dtype) -> Sample:
+    return Sample("tiles", partial(_build, *tile_level(device, dtype)))
+
+
+def _build(make: CellInputs, patch: int) -> tuple[Any, ...]:
+    level, weight, visible = make()
+    count = level.shape[2] * level.shape[3] // patch**2
+    g = torch.Generator().manual_seed(8)
+    grad = torch.randn(level.shape[0], count, weight.shape[0], generator=g).to(level)
+    return level, weight, visible, grad, patch
 
 
 def bad_inputs() -> list[BadInput]:
@@ -133,10 +138,18 @@ _entry = declare(
     backward=backward,
     setup_context=setup_context,
     samples=samples,
+    tile_sample=tile_sample,
     bad_inputs=bad_inputs,
     cost=cost,
     backends=[
         Backend("cpp", native.entry("align_cells_grad"), "cpu", LOW, native.missing_cpu),
-        Backend("triton", triton.launcher("align_cells_grad"), "cuda", LOW, triton.missing),
+        Backend(
+            "triton",
+            triton.launcher("align_cells_grad"),
+            "cuda",
+            LOW,
+            triton.missing,
+            tiles=triton.tiles("align_cells_grad"),
+        ),
     ],
 )

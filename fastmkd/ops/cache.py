@@ -1,16 +1,20 @@
 """What is known about a device: shipped tables, and verdicts and choices found here and kept on disk.
 
 The cache is one JSON file a device under ``$FASTMKD_CACHE`` (default ``~/.cache/fastmkd``). It is read once and written
-atomically, entry by entry, so that processes side by side keep what the others found; a file that cannot be read or
-written is ignored, since everything in it can be found again.
+atomically, entry by entry and under a lock, so that processes side by side keep what the others found. A file that
+cannot be read or written is ignored, since everything in it can be found again. So is a file system without locks:
+of two processes that write at the same moment one may then lose what it found.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import tempfile
+import time
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +24,14 @@ import torch
 
 from .. import __version__
 
-__all__ = ["choices", "device_name", "load", "remember", "replace", "snapshot", "table", "verdict"]
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["choices", "device_name", "remember", "replace", "snapshot", "table", "verdict", "verified"]
+
+PATIENCE = 10.0  # seconds; a lock is held for milliseconds, unless its owner is stopped or was forked meanwhile
 
 _TABLES = Path(__file__).parent / "tables"
 _known: dict[str, dict[str, Any]] = {}
@@ -63,14 +74,10 @@ def remember(device: str, key: str, value: str | bool) -> None:
     """Keeps a choice (a backend's name) or a verdict (a bool), in memory and on disk."""
     part = "verdicts" if isinstance(value, bool) else "choices"
     _state(device)[part][key] = value
-    on_disk = _read(device)  # other processes may have written since it was read
-    on_disk[part][key] = value
-    _write(device, on_disk)
-
-
-def load(device: torch.device) -> None:
-    """Reads the cache of a device from disk if it was not read yet."""
-    _state(device_name(device))
+    with _lock(device):
+        on_disk = _read(device)  # other processes may have written since it was read
+        on_disk[part][key] = value
+        _write(device, on_disk)
 
 
 def snapshot(device: torch.device) -> dict[str, Any]:
@@ -97,6 +104,32 @@ def _path(device: str) -> Path:
         triton = "none"
     # A new compiler may be right where an old one was wrong, or the other way round: each combination has its own file.
     return Path(root) / f"{device}_fastmkd-{__version__}_torch-{torch.__version__}_triton-{triton}.json"
+
+
+@contextlib.contextmanager
+def _lock(device: str) -> Iterator[None]:
+    """Keeps other processes from writing; in vain where there are no locks, since no step may wait for a cache."""
+    path = _path(device).with_suffix(".lock")  # not the file itself, which each writing replaces
+    with contextlib.ExitStack() as held:
+        # A home that is read-only, a file system without locks, a lock that is not let go.
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(path.open("a"))
+            if fcntl is not None:
+                _take(file.fileno())
+        yield
+
+
+def _take(file: int) -> None:
+    """Waits for the lock of an open file; raises OSError when it cannot be had."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.005)
 
 
 def _read(device: str) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-__all__ = ["CellInputs", "cells", "check_cells", "check_like", "level_of", "level_samples"]
+__all__ = ["CellInputs", "cells", "check_cells", "check_like", "level_of", "level_samples", "tile_level"]
 
 CellInputs = Callable[[], tuple[Tensor, Tensor, Tensor | None]]
 
@@ -100,18 +101,7 @@ def check_like(
 
 def level_samples(device: str, dtype: torch.dtype) -> list[tuple[str, CellInputs, int, bool]]:
     """Samples as (name, maker of level, weight and visible, patch, small enough for a gradient check)."""
-
-    def make(
-        batch: int, channels: int, grid: tuple[int, int], patch: int, width: int, hidden: float = 0.3,
-        channels_last: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        g = torch.Generator().manual_seed(channels * 101 + width)
-        draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype)  # noqa: E731
-        level, values = draw(batch, channels, grid[0] * patch, grid[1] * patch), patch**2 * channels
-        if channels_last:
-            level = level.contiguous(memory_format=torch.channels_last)
-        visible = (torch.rand(batch, grid[0] * grid[1], generator=g) >= hidden).to(device)
-        return level, draw(width, values) * values**-0.5, visible if hidden else None
+    make = partial(_draw, device, dtype)
 
     def huge() -> tuple[Tensor, Tensor, Tensor | None]:
         level = torch.randn(130, 256, 256, 256, device=device, dtype=dtype)  # 2.2e9 elements: offsets need 64 bits
@@ -131,3 +121,21 @@ def level_samples(device: str, dtype: torch.dtype) -> list[tuple[str, CellInputs
         ("fpn_p5", lambda: make(4, 256, (16, 16), 1, 256, hidden=0.1), 1, False),
         ("huge", huge, 4, False),
     ]
+
+
+def tile_level(device: str, dtype: torch.dtype) -> tuple[CellInputs, int]:
+    """Maker of level, weight and visible, and patch, of the sample on which every tile is tried."""
+    return partial(_draw, device, dtype, 6, 72, (9, 11), 2, 200), 2
+
+
+def _draw(
+    device: str, dtype: torch.dtype, batch: int, channels: int, grid: tuple[int, int], patch: int, width: int,
+    hidden: float = 0.3, channels_last: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    g = torch.Generator().manual_seed(channels * 101 + width)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype)  # noqa: E731
+    level, values = draw(batch, channels, grid[0] * patch, grid[1] * patch), patch**2 * channels
+    if channels_last:
+        level = level.contiguous(memory_format=torch.channels_last)
+    visible = (torch.rand(batch, grid[0] * grid[1], generator=g) >= hidden).to(device)
+    return level, draw(width, values) * values**-0.5, visible if hidden else None

@@ -18,6 +18,7 @@ float32, and the centring is done in float64, where a layer that says the same o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -154,6 +155,11 @@ def samples(device: str, dtype: torch.dtype) -> list[Sample]:
     ]
 
 
+def tile_sample(device: str, dtype: torch.dtype) -> Sample:
+    large = next(sample for sample in samples(device, dtype) if sample.name == "batch_over_one_tile")
+    return replace(large, name="tiles")
+
+
 def bad_inputs() -> list[BadInput]:
     x = torch.zeros(5, 3)
     return [
@@ -184,11 +190,14 @@ _entry = declare(
     backward=backward,
     setup_context=setup_context,
     samples=samples,
+    tile_sample=tile_sample,
     bad_inputs=bad_inputs,
     cost=cost,
     backends=[
         Backend("cpp", native.entry("centred_gram"), "cpu", LOW, native.missing_cpu),
-        Backend("triton", triton.launcher("centred_gram"), "cuda", LOW, triton.missing),
+        Backend(
+            "triton", triton.launcher("centred_gram"), "cuda", LOW, triton.missing, tiles=triton.tiles("centred_gram")
+        ),
         # Built and tested; stays out of `auto` until a GPU shows it faster than Triton.
         Backend("cuda", native.entry("centred_gram"), "cuda", LOW, native.missing_cuda, default=False),
     ],

@@ -8,11 +8,15 @@
 
 ``FASTMKD_AUTOTUNE=0`` leaves only the first; what is not in a table then follows `PREFERENCE`. Nothing is measured on a
 CPU, while a CUDA graph is captured, or in a run of several processes (`prepare` shares what one of them knows).
+
+While a CUDA graph is captured nothing is tried either: only a backend that is known to be right may run, else the
+reference does. So what is captured should have run once before, as PyTorch asks anyway.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -23,6 +27,7 @@ import torch
 
 from . import cache
 from .arguments import lead, tensors
+from .precision import dtype_name, tf32_is_on
 
 if TYPE_CHECKING:
     from .registry import Backend, Op
@@ -84,11 +89,12 @@ def choose(op: Op, args: tuple[Any, ...]) -> Backend:
     name = _forced.get()
     if name != "auto" and name in op.backends:
         return _usable(op, name, device, dtype)
-    key = (cache.device_name(first.device), op.name, str(dtype).removeprefix("torch."), size_class(args))
+    kind = dtype_name(dtype, tf32=device != "cpu" and tf32_is_on())
+    key = (cache.device_name(first.device), op.name, kind, size_class(args))
     if key not in _chosen:
-        if _capturing(device):
-            return candidates(op, device, dtype)[0]
-        _chosen[key] = _decide(op, args, key, device, dtype)
+        if _capturing(device):  # not kept: the next call outside may try more
+            return op.backends[_decide(op, args, key, device, dtype, try_out=False)]
+        _chosen[key] = _decide(op, args, key, device, dtype, try_out=True)
     return op.backends[_chosen[key]]
 
 
@@ -108,10 +114,13 @@ def size_class(args: tuple[Any, ...]) -> str:
 
 
 def prepare(device: torch.device) -> None:
-    """Verifies every op on `device` in rank 0 and shares its verdicts and choices with all ranks.
+    """Makes the ranks of a run choose alike: all with one GPU model begin with what the first of them knows.
 
-    A run of several processes calls this once before its first step: ranks that chose differently would differ in the
-    last bit. A single process need not call it.
+    A run of several processes calls this once before its first step, after ``torch.cuda.set_device`` where its group is
+    NCCL's; ``fastmkd train`` does. It tries nothing out, so no rank waits for another. What nobody knows yet each rank
+    finds out by itself at the first use, from the same samples and hence with the same answer, and in a run of several
+    processes nothing is measured. Ranks that chose differently would differ in the last bit. A single process need not
+    call it.
 
     Args:
         device: the device that the ops will run on.
@@ -119,17 +128,13 @@ def prepare(device: torch.device) -> None:
     Example:
         >>> prepare(torch.device("cpu"))
     """
-    from . import verdicts
-
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_rank() == 0:
-        verdicts.verify_all(device)
-        cache.load(device)
-    if distributed:
-        shared: list[Any] = [cache.snapshot(device)]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        cache.replace(device, shared[0])
-        _chosen.clear()
+    if not _many_processes():
+        return
+    mine = (cache.device_name(device), cache.snapshot(device))
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    cache.replace(device, next(state for name, state in everyone if name == mine[0]))
+    _chosen.clear()
 
 
 def _usable(op: Op, name: str, device: str, dtype: torch.dtype) -> Backend:
@@ -146,20 +151,25 @@ def _usable(op: Op, name: str, device: str, dtype: torch.dtype) -> Backend:
     return chosen
 
 
-def _decide(op: Op, args: tuple[Any, ...], key: tuple[str, ...], device: str, dtype: torch.dtype) -> str:
+def _decide(op: Op, args: tuple[Any, ...], key: tuple[str, ...], device: str, dtype: torch.dtype, try_out: bool) -> str:
+    """Name of the backend for a call; `try_out` allows to verify and to measure."""
     from . import verdicts
 
-    fit = [b for b in candidates(op, device, dtype) if verdicts.trusted(op, b, args)]
+    may_run = verdicts.trusted if try_out else verdicts.known_right
+    fit = [b for b in candidates(op, device, dtype) if may_run(op, b, args)]
     names = [b.name for b in fit]
-    for record in (cache.table(key[0]), cache.choices(key[0])):
+    records = (cache.table(key[0]), cache.choices(key[0]) if autotune() else {})
+    for record in records:
         on_record = record.get("/".join(key[1:])) or record.get(op.name)
         if on_record in names:
             return str(on_record)
-    if len(fit) == 1 or device == "cpu" or not autotune() or _many_processes():
+    if len(fit) == 1 or device == "cpu" or not try_out or not autotune() or _many_processes():
         # Not measured on a CPU: a choice that changed from run to run would change a result's last bit.
         return names[0]
-    best = min(fit, key=lambda b: _seconds(b, args)).name
-    cache.remember(key[0], "/".join(key[1:]), best)
+    times = [_seconds(candidate, args) for candidate in fit]
+    best = names[times.index(min(times))]
+    if max(times) < math.inf:  # else there may be more memory another time
+        cache.remember(key[0], "/".join(key[1:]), best)
     return best
 
 
@@ -178,11 +188,19 @@ def _capturing(device: str) -> bool:
 
 
 def _seconds(candidate: Backend, args: tuple[Any, ...]) -> float:
+    """Median time of a call; infinity when there is not enough memory for it."""
+    device = lead(args).device
     times = []
     for _ in range(MEASURE_ROUNDS + 1):  # the first round warms up and is dropped
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         start = time.perf_counter()
-        candidate.run(*args)
-        torch.cuda.synchronize()
+        try:
+            candidate.run(*args)
+        except torch.OutOfMemoryError:
+            break
+        torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return sorted(times[1:])[MEASURE_ROUNDS // 2]
+    else:
+        return sorted(times[1:])[MEASURE_ROUNDS // 2]
+    torch.cuda.empty_cache()  # not in the handler, where the frames that ran out still hold what they had
+    return math.inf

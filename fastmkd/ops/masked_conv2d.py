@@ -23,7 +23,7 @@ from . import native, triton
 from .masked_conv2d_weight import masked_conv2d_weight
 from .registry import Backend, BadInput, Cost, Sample, declare
 from .row_numbers import check_row_numbers
-from .tap_tables import gather_taps, on_device, tap_samples
+from .tap_tables import TapSample, gather_taps, on_device, tap_samples, tile_tap_sample
 
 __all__ = ["masked_conv2d"]
 
@@ -211,18 +211,27 @@ def transposed(weight: Tensor, groups: int) -> Tensor:
 
 
 def samples(device: str, dtype: torch.dtype) -> list[Sample]:
-    def make(name: str) -> tuple[Any, ...]:
-        (_, taps_back, *_), (cin, cout), kernel, groups = sample = tap_samples()[name]
-        g = torch.Generator().manual_seed(cin * 131 + cout)
-        draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(device=device, dtype=dtype)  # noqa: E731
-        weight = draw(cout, cin // groups, *kernel) * (cin // groups * kernel[0] * kernel[1]) ** -0.5
-        bias = None if name == "one_cell" else draw(cout)
-        return draw(len(taps_back), cin), weight, bias, *on_device(sample, device), groups
-
     return [
-        Sample(name, partial(make, name), grad=(0, 1, 2) if max(sample.channels) <= 8 else ())
+        Sample(
+            name,
+            partial(_draw, sample, device, dtype, bias=name != "one_cell"),
+            grad=(0, 1, 2) if max(sample.channels) <= 8 else (),
+        )
         for name, sample in tap_samples().items()
     ]
+
+
+def tile_sample(device: str, dtype: torch.dtype) -> Sample:
+    return Sample("tiles", lambda: _draw(tile_tap_sample(), device, dtype))
+
+
+def _draw(sample: TapSample, device: str, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:
+    (_, taps_back, *_), (cin, cout), kernel, groups = sample
+    g = torch.Generator().manual_seed(cin * 131 + cout)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(device=device, dtype=dtype)  # noqa: E731
+    weight = draw(cout, cin // groups, *kernel) * (cin // groups * kernel[0] * kernel[1]) ** -0.5
+    offset = draw(cout) if bias else None
+    return draw(len(taps_back), cin), weight, offset, *on_device(sample, device), groups
 
 
 def bad_inputs() -> list[BadInput]:
@@ -272,10 +281,18 @@ _entry = declare(
     backward=backward,
     setup_context=setup_context,
     samples=samples,
+    tile_sample=tile_sample,
     bad_inputs=bad_inputs,
     cost=cost,
     backends=[
         Backend("cpp", native.entry("masked_conv2d"), "cpu", FAST_DTYPES, native.missing_cpu),
-        Backend("triton", triton.launcher("masked_conv2d"), "cuda", FAST_DTYPES, triton.missing),
+        Backend(
+            "triton",
+            triton.launcher("masked_conv2d"),
+            "cuda",
+            FAST_DTYPES,
+            triton.missing,
+            tiles=triton.tiles("masked_conv2d"),
+        ),
     ],
 )

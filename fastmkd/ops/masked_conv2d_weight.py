@@ -18,7 +18,7 @@ from torch import Tensor
 from . import native, triton
 from .registry import Backend, BadInput, Cost, Sample, declare
 from .row_numbers import check_row_numbers
-from .tap_tables import gather_taps, on_device, tap_samples
+from .tap_tables import TapSample, gather_taps, on_device, tap_samples, tile_tap_sample
 
 __all__ = ["masked_conv2d_weight"]
 
@@ -120,17 +120,22 @@ def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def samples(device: str, dtype: torch.dtype) -> list[Sample]:
-    def make(name: str) -> tuple[Any, ...]:
-        (taps, taps_back, *_), (cin, cout), kernel, groups = sample = tap_samples()[name]
-        g = torch.Generator().manual_seed(cin * 7 + cout)
-        draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(device=device, dtype=dtype)  # noqa: E731
-        moved, _, order, _ = on_device(sample, device)
-        return draw(len(taps_back), cin), draw(len(taps), cout), moved, order, *kernel, groups
-
     return [
-        Sample(name, partial(make, name), grad=(0, 1) if max(sample.channels) <= 8 else ())
+        Sample(name, partial(_draw, sample, device, dtype), grad=(0, 1) if max(sample.channels) <= 8 else ())
         for name, sample in tap_samples().items()
     ]
+
+
+def tile_sample(device: str, dtype: torch.dtype) -> Sample:
+    return Sample("tiles", lambda: _draw(tile_tap_sample(), device, dtype))
+
+
+def _draw(sample: TapSample, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    (taps, taps_back, *_), (cin, cout), kernel, groups = sample
+    g = torch.Generator().manual_seed(cin * 7 + cout)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(device=device, dtype=dtype)  # noqa: E731
+    moved, _, order, _ = on_device(sample, device)
+    return draw(len(taps_back), cin), draw(len(taps), cout), moved, order, *kernel, groups
 
 
 def bad_inputs() -> list[BadInput]:
@@ -164,10 +169,18 @@ _entry = declare(
     backward=backward,
     setup_context=setup_context,
     samples=samples,
+    tile_sample=tile_sample,
     bad_inputs=bad_inputs,
     cost=cost,
     backends=[
         Backend("cpp", native.entry("masked_conv2d_weight"), "cpu", FAST_DTYPES, native.missing_cpu),
-        Backend("triton", triton.launcher("masked_conv2d_weight"), "cuda", FAST_DTYPES, triton.missing),
+        Backend(
+            "triton",
+            triton.launcher("masked_conv2d_weight"),
+            "cuda",
+            FAST_DTYPES,
+            triton.missing,
+            tiles=triton.tiles("masked_conv2d_weight"),
+        ),
     ],
 )

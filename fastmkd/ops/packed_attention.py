@@ -14,6 +14,7 @@ forward pass without the Triton kernel. The gradient takes images of one length 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -149,11 +150,7 @@ def _image_gradients(qkv: Tensor, grad: Tensor, images: int, scale: float) -> Te
 
 
 def samples(device: str, dtype: torch.dtype) -> list[Sample]:
-    def make(lengths: list[int], heads: int, dim: int, spread: float = 1.0) -> tuple[Any, ...]:
-        g = torch.Generator().manual_seed(sum(lengths) * 31 + dim)
-        qkv = torch.randn(sum(lengths), 3, heads, dim, generator=g, dtype=torch.float64) * spread
-        starts = torch.tensor([0, *lengths]).cumsum(0)
-        return qkv.to(device=device, dtype=dtype), starts.to(device, torch.int32), dim**-0.5
+    make = partial(_draw, device, dtype)
 
     def huge() -> tuple[Any, ...]:
         length, images = 1024, 700  # 2^31 elements of qkv: offsets need 64 bits
@@ -176,6 +173,19 @@ def samples(device: str, dtype: torch.dtype) -> list[Sample]:
         Sample("deit_small_half_kept", lambda: make([99] * 8, 6, 64)),
         Sample("huge", huge, huge=True),
     ]
+
+
+def tile_sample(device: str, dtype: torch.dtype) -> Sample:
+    return Sample("tiles", lambda: _draw(device, dtype, [197, 130, 1, 66], 3, 64))
+
+
+def _draw(
+    device: str, dtype: torch.dtype, lengths: list[int], heads: int, dim: int, spread: float = 1.0
+) -> tuple[Any, ...]:
+    g = torch.Generator().manual_seed(sum(lengths) * 31 + dim)
+    qkv = torch.randn(sum(lengths), 3, heads, dim, generator=g, dtype=torch.float64) * spread
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    return qkv.to(device=device, dtype=dtype), starts.to(device, torch.int32), dim**-0.5
 
 
 def bad_inputs() -> list[BadInput]:
@@ -215,10 +225,11 @@ _entry = declare(
     backward=backward,
     setup_context=setup_context,
     samples=samples,
+    tile_sample=tile_sample,
     bad_inputs=bad_inputs,
     cost=cost,
     backends=[
         Backend("cpp", native.entry("packed_attention"), "cpu", FAST_DTYPES, native.missing_cpu),
-        Backend("triton", _on_gpu, "cuda", FAST_DTYPES, triton.missing),
+        Backend("triton", _on_gpu, "cuda", FAST_DTYPES, triton.missing, tiles=triton.tiles("packed_attention")),
     ],
 )

@@ -10,6 +10,7 @@ and a stride; here only the patches named in `keep` are read from the picture. T
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -224,26 +225,7 @@ def _scatter_rows(
 
 
 def samples(device: str, dtype: torch.dtype) -> list[Sample]:
-    def make(
-        batch: int,
-        channels: int,
-        size: tuple[int, int],
-        patch: tuple[int, int],
-        dim: int,
-        k: int,
-        stride: tuple[int, int] | None = None,
-        bias: bool = True,
-        pos: torch.dtype | None = None,
-    ) -> tuple[Any, ...]:
-        g = torch.Generator().manual_seed(size[0] * 101 + dim)
-        stride = stride or patch
-        n = ((size[0] - patch[0]) // stride[0] + 1) * ((size[1] - patch[1]) // stride[1] + 1)
-        draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(device=device, dtype=dtype)  # noqa: E731
-        weight = draw(dim, channels, *patch) * (channels * patch[0] * patch[1]) ** -0.5
-        keep = torch.rand(batch, n, generator=g).argsort(1)[:, :k].contiguous().to(device)
-        positions = None if pos is None else draw(n, dim).to(torch.promote_types(pos, dtype))
-        return draw(batch, channels, *size), weight, draw(dim) if bias else None, positions, keep, *stride
-
+    make = partial(_draw, device, dtype)
     same = dtype
     all_grads = (0, 1, 2, 3)
     return [
@@ -263,6 +245,33 @@ def samples(device: str, dtype: torch.dtype) -> list[Sample]:
         Sample("deit_small_half", lambda: make(4, 3, (224, 224), (16, 16), 384, 98, pos=same)),
         Sample("huge", lambda: _huge(device, dtype), huge=True),
     ]
+
+
+def tile_sample(device: str, dtype: torch.dtype) -> Sample:
+    return Sample("tiles", lambda: _draw(device, dtype, 3, 3, (112, 112), (16, 16), 200, 45, pos=dtype))
+
+
+def _draw(
+    device: str,
+    dtype: torch.dtype,
+    batch: int,
+    channels: int,
+    size: tuple[int, int],
+    patch: tuple[int, int],
+    dim: int,
+    k: int,
+    stride: tuple[int, int] | None = None,
+    bias: bool = True,
+    pos: torch.dtype | None = None,
+) -> tuple[Any, ...]:
+    g = torch.Generator().manual_seed(size[0] * 101 + dim)
+    stride = stride or patch
+    n = ((size[0] - patch[0]) // stride[0] + 1) * ((size[1] - patch[1]) // stride[1] + 1)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(device=device, dtype=dtype)  # noqa: E731
+    weight = draw(dim, channels, *patch) * (channels * patch[0] * patch[1]) ** -0.5
+    keep = torch.rand(batch, n, generator=g).argsort(1)[:, :k].contiguous().to(device)
+    positions = None if pos is None else draw(n, dim).to(torch.promote_types(pos, dtype))
+    return draw(batch, channels, *size), weight, draw(dim) if bias else None, positions, keep, *stride
 
 
 def _huge(device: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -315,10 +324,18 @@ _entry = declare(
     backward=backward,
     setup_context=setup_context,
     samples=samples,
+    tile_sample=tile_sample,
     bad_inputs=bad_inputs,
     cost=cost,
     backends=[
         Backend("cpp", native.entry("patch_embed"), "cpu", (*GPU_DTYPES, torch.float64), native.missing_cpu),
-        Backend("triton", triton.launcher("patch_embed"), "cuda", GPU_DTYPES, triton.missing),
+        Backend(
+            "triton",
+            triton.launcher("patch_embed"),
+            "cuda",
+            GPU_DTYPES,
+            triton.missing,
+            tiles=triton.tiles("patch_embed"),
+        ),
     ],
 )

@@ -37,6 +37,8 @@ class Backend:
         dtypes: dtypes of the op's first tensor that it takes.
         reason: returns None when usable on this machine, else a sentence that says why not and what to do.
         default: False keeps ``auto`` from ever taking it (built and tested, but not measured to be faster yet).
+        tiles: of a kernel of matrix products that `run` has in several tile sizes: for a kind of product (``"half"``,
+            ``"ieee"`` or ``"tf32"`` for float32) each of them, by name, as a callable like `run` that takes this one.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     reason: Callable[[], str | None] = lambda: None
     default: bool = True
+    tiles: Callable[[str], dict[str, Callable[..., Any]]] | None = None
 
     def takes(self, device: str, dtype: torch.dtype) -> bool:
         """True when tensors of this device type and dtype can be handed to `run`."""
@@ -104,6 +107,7 @@ class Op:
     bad_inputs: Callable[[], list[BadInput]]
     cost: Callable[..., Cost]
     check_values: Callable[..., Iterable[tuple[Tensor, str]]] | None = None
+    tile_sample: Callable[[str, torch.dtype], Sample] | None = None
     entry: Callable[..., Any] = field(init=False, repr=False)
 
     @property
@@ -149,6 +153,7 @@ def declare(
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
     check_values: Callable[..., Iterable[tuple[Tensor, str]]] | None = None,
+    tile_sample: Callable[[str, torch.dtype], Sample] | None = None,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> Callable[..., Any]:
     """Declares an op and registers it with PyTorch as ``fastmkd::<name>``.
@@ -166,6 +171,8 @@ def declare(
         setup_context: saves for backward, as in ``torch.library.register_autograd``.
         check_values: yields (boolean scalar tensor, sentence) pairs. On the CPU a False raises ValueError; on a GPU it
             is an asynchronous assert, so that no step waits for it.
+        tile_sample: the sample on which each of a backend's tiles is tried: several of the largest tile in rows and
+            columns, and a part of one. `samples` are too small for large tiles, so `run` would not take those.
         dtypes: of the first tensor that the reference takes.
 
     Returns:
@@ -183,6 +190,7 @@ def declare(
         bad_inputs=bad_inputs,
         cost=cost,
         check_values=check_values,
+        tile_sample=tile_sample,
     )
 
     def checked_fake(*args: Any) -> Any:

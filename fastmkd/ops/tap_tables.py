@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["TapSample", "gather_taps", "slow_tables", "tap_samples"]
+__all__ = ["TapSample", "gather_taps", "slow_tables", "tap_samples", "tile_tap_sample"]
 
 Pair = tuple[int, int]
 
@@ -98,35 +98,7 @@ def tap_samples() -> dict[str, TapSample]:
         >>> tap_samples()["one_cell"].tables[0].shape
         torch.Size([4, 9])
     """
-
-    def make(
-        name: str,
-        grid: Pair,
-        cell: int,
-        visible: int,
-        channels: Pair,
-        kernel: int = 3,
-        stride: int = 1,
-        dilation: int = 1,
-        groups: int = 1,
-        batch: int = 2,
-    ) -> tuple[str, TapSample]:
-        g = torch.Generator().manual_seed(cell * 17 + channels[0])
-        coarse = torch.zeros(batch, grid[0] * grid[1], dtype=torch.bool)
-        coarse.scatter_(1, torch.rand(coarse.shape, generator=g).argsort(1)[:, :visible], True)
-        pixels = lambda side: coarse.view(batch, *grid).repeat_interleave(side, 1).repeat_interleave(side, 2)  # noqa: E731
-        pair = lambda n: (n, n)  # noqa: E731
-        taps, taps_back = slow_tables(
-            pixels(cell),
-            pixels(cell // stride),
-            pair(kernel),
-            pair(stride),
-            pair(dilation * (kernel // 2)),
-            pair(dilation),
-        )
-        tables = (taps, taps_back, _shuffled(taps), _shuffled(taps_back))
-        return name, TapSample(tables, channels, pair(kernel), groups)
-
+    make = _sample
     return dict(
         (
             make("small", (2, 2), 2, 2, (4, 5)),
@@ -144,6 +116,46 @@ def tap_samples() -> dict[str, TapSample]:
             make("depthwise_wide", (4, 4), 4, 5, (96, 96), kernel=7, groups=96),
         )
     )
+
+
+@lru_cache(maxsize=1)
+def tile_tap_sample() -> TapSample:
+    """Tables for the sample on which every tile of a masked convolution is tried, on the CPU.
+
+    Example:
+        >>> tile_tap_sample().tables[0].shape
+        torch.Size([2205, 9])
+    """
+    return _sample("tiles", (4, 4), 7, 9, (128, 200), batch=5)[1]
+
+
+def _sample(
+    name: str,
+    grid: Pair,
+    cell: int,
+    visible: int,
+    channels: Pair,
+    kernel: int = 3,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    batch: int = 2,
+) -> tuple[str, TapSample]:
+    g = torch.Generator().manual_seed(cell * 17 + channels[0])
+    coarse = torch.zeros(batch, grid[0] * grid[1], dtype=torch.bool)
+    coarse.scatter_(1, torch.rand(coarse.shape, generator=g).argsort(1)[:, :visible], True)
+    pixels = lambda side: coarse.view(batch, *grid).repeat_interleave(side, 1).repeat_interleave(side, 2)  # noqa: E731
+    pair = lambda n: (n, n)  # noqa: E731
+    taps, taps_back = slow_tables(
+        pixels(cell),
+        pixels(cell // stride),
+        pair(kernel),
+        pair(stride),
+        pair(dilation * (kernel // 2)),
+        pair(dilation),
+    )
+    tables = (taps, taps_back, _shuffled(taps), _shuffled(taps_back))
+    return name, TapSample(tables, channels, pair(kernel), groups)
 
 
 def _shuffled(table: Tensor) -> Tensor:

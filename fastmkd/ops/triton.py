@@ -6,12 +6,12 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-__all__ = ["interpreted", "launcher", "missing"]
+__all__ = ["interpreted", "launcher", "missing", "tiles"]
 
 
 def launcher(name: str) -> Callable[..., Any]:
@@ -21,6 +21,16 @@ def launcher(name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"fastmkd.kernels.{name}"), name)(*args)
 
     return run
+
+
+def tiles(name: str) -> Callable[[str], dict[str, Callable[..., Any]]]:
+    """Returns what lists the tiles that the launcher `name` chooses from, for `fastmkd.ops.registry.Backend`."""
+
+    def of(kind: str) -> dict[str, Callable[..., Any]]:
+        kernel = importlib.import_module(f"fastmkd.kernels.{name}")
+        return {label: partial(getattr(kernel, name), config=config) for label, config in kernel.tiles(kind).items()}
+
+    return of
 
 
 def interpreted() -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ops.choice import prepare
 from .accelerator import make_accelerator
 from .bad_batch import Skips, Tried, keep_bad_batch
 from .build import Setup, assemble
@@ -101,6 +102,7 @@ class Trainer:
         self.origin: dict[str, str] | None = None  # which checkpoint `run.resume` made it go on from
 
         device, augment = accelerator.device, recipe.augment
+        prepare(device)  # before any op runs there
         size, seed = source.image_size, recipe.seed
         self.task = task_of(source)
         self.loader = Loader(source.train, recipe.data, augment, size, device, seed, self.task)

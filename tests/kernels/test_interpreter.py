@@ -20,6 +20,7 @@ AT_LEAST = {
     "test_mae_numerics": 24,
     "test_recovered_numerics": 6,
     "test_cell_numerics": 11,
+    "test_tile_numerics": 32,
 }
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastmkd.ops import OPS, cache, check, verdicts
-from fastmkd.ops.registry import Backend
+from fastmkd.ops import OPS, cache, check, precision, verdicts
+from fastmkd.ops.registry import Backend, Sample
 
 DEVICE = torch.device("cpu")
 
@@ -23,14 +23,18 @@ def some_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(cache, "_known", {})
     monkeypatch.setattr(cache, "device_name", lambda device: "some-gpu")
     keep = verdicts.keep
-    monkeypatch.setattr(verdicts, "keep", lambda op, backend, _, right: keep(op, backend, torch.device("cuda"), right))
+    on_gpu = lambda op, backend, _, *found: keep(op, backend, torch.device("cuda"), *found)  # noqa: E731
+    monkeypatch.setattr(verdicts, "keep", on_gpu)
     return "some-gpu"
 
 
-def replace_backend(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+def replace_backend(monkeypatch: pytest.MonkeyPatch, run: Any, tiles: Any = None) -> None:
     op = OPS["select_tokens"]
-    backends = {"eager": op.backends["eager"], "cpp": Backend("cpp", run, "cpu", (torch.float32,))}
-    monkeypatch.setitem(OPS, "select_tokens", dataclasses.replace(op, backends=backends))
+    backends = {"eager": op.backends["eager"], "cpp": Backend("cpp", run, "cpu", (torch.float32,), tiles=tiles)}
+    tile_sample = lambda device, dtype: op.samples(device, dtype)[0]  # noqa: E731
+    monkeypatch.setitem(
+        OPS, "select_tokens", dataclasses.replace(op, backends=backends, tile_sample=tile_sample if tiles else None)
+    )
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -87,6 +91,43 @@ def test_auto_knows_what_a_check_found(
     assert cache.verdict(some_gpu, "select_tokens/eager") is None
 
 
+@pytest.mark.parametrize("wrong", [None, "ieee", "tf32"])
+def test_every_tile_is_checked_and_tf32_has_its_own_verdict(
+    wrong: str | None, some_gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = OPS["select_tokens"].reference
+    ran: list[tuple[str, bool]] = []
+
+    def tiles(kind: str) -> dict[str, Any]:
+        def run(*args: Any) -> torch.Tensor:
+            ran.append((kind, precision.tf32_is_on()))
+            return reference(*args).flip(1) if kind == wrong else reference(*args)
+
+        return {"large": run, "small": reference}
+
+    replace_backend(monkeypatch, reference, tiles)
+    out = tmp_path / "check.jsonl"
+    assert check.main(["select_tokens", "--device", "cpu", "--json", str(out)]) == int(wrong is not None)
+    assert set(ran) == {("ieee", False), ("tf32", True)}
+    assert not precision.tf32_is_on()
+    found = [row for row in rows(out) if row["backend"] == "cpp"]
+    assert len(found) == 13 + 4 == found[0]["of"]
+    name = OPS["select_tokens"].samples("cpu", torch.float32)[0].name
+    tried = {(row["dtype"], row["sample"]) for row in found[13:]}
+    assert tried == {(dtype, f"{name}-{tile}") for dtype in ("float32", "tf32") for tile in ("large", "small")}
+    assert cache.verdict(some_gpu, "select_tokens/cpp") is (wrong != "ieee")
+    assert cache.verdict(some_gpu, "select_tokens/cpp/tf32") is (wrong != "tf32")
+
+
+def test_too_little_memory_sets_no_backend_aside(some_gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*args: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12 GiB")
+
+    replace_backend(monkeypatch, out_of_memory)
+    assert check.main(["select_tokens", "--device", "cpu"]) == 1
+    assert cache.verdict(some_gpu, "select_tokens/cpp") is None
+
+
 def test_nothing_is_remembered_of_a_check_that_was_stopped(some_gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*args: Any) -> torch.Tensor:
         raise KeyboardInterrupt
@@ -112,6 +153,44 @@ def test_a_sample_too_large_for_this_machine_sets_no_backend_aside(
     monkeypatch.setitem(OPS, "select_tokens", dataclasses.replace(op, samples=samples))
     assert check.main(["select_tokens", "--device", "cpu", "--huge"]) == 1
     assert cache.verdict(some_gpu, "select_tokens/cpp") is None
+
+
+def summed(run: Any, fits: bool) -> check.Row:
+    """Checks `run` as the sum of a huge sample whose reference is off by a thousandth in float32."""
+
+    def reference(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64 and not fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32 GiB")
+        return x.sum(0) * (1 if x.dtype == torch.float64 else 1.001)
+
+    op = dataclasses.replace(OPS["select_tokens"], name="summed", reference=reference)
+    sample = Sample("huge", lambda: (torch.arange(1.0, 7).view(3, 2),), huge=True)
+    return check.check_sample(op, Backend("triton", run, "cpu", (torch.float32,)), sample, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("factor", "fits", "outcome"),
+    [
+        (1.0, True, "right"),
+        (1.01, True, "wrong"),
+        (1.001, False, "right"),  # as PyTorch to the last bit
+        (1.0, False, "error"),
+    ],
+)
+def test_a_huge_sample_is_compared_with_float64_where_that_fits(factor: float, fits: bool, outcome: str) -> None:
+    row = summed(lambda x: x.sum(0) * factor, fits)
+    assert row.outcome == outcome
+    assert row.lacked_memory is (outcome == "error")
+
+
+def test_a_huge_sample_must_repeat_itself() -> None:
+    runs: list[None] = []
+
+    def restless(x: torch.Tensor) -> torch.Tensor:
+        runs.append(None)
+        return x.sum(0) * (1 + 1e-6 * len(runs))
+
+    assert summed(restless, fits=True).detail == "two runs on the same inputs differ"
 
 
 def test_nothing_is_remembered_of_a_cpu() -> None:

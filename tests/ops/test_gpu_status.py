@@ -45,6 +45,22 @@ def test_only_right_samples_and_all_of_them_prove_a_row(
     assert expected in proof(tmp_path, "check.jsonl", records, "| select_tokens | triton")
 
 
+@pytest.mark.parametrize(
+    ("full", "tf32", "of", "expected"),
+    [
+        ("right", "right", 2, ["select_tokens/triton", "select_tokens/triton/tf32"]),
+        ("right", "wrong", 2, ["select_tokens/triton"]),
+        ("wrong", "right", 2, ["select_tokens/triton/tf32"]),
+        ("right", "right", 3, []),  # the run was stopped
+    ],
+)
+def test_tf32_is_verified_by_itself(tmp_path: Path, full: str, tf32: str, of: int, expected: list[str]) -> None:
+    records = [sample(1, full, of), {**sample(1, tf32, of), "dtype": "tf32"}]
+    row = proof(tmp_path, "check.jsonl", records, "| select_tokens | triton")
+    assert row.endswith("| **unproven** |") is (len(expected) < 2)
+    assert gpu_status.verified(tmp_path).get("some-gpu", []) == expected
+
+
 @pytest.mark.parametrize("test", gpu_status.BEYOND.values())
 def test_what_is_beyond_ops_is_named_by_gpu_tests(test: str) -> None:
     path, function = test.split("::")
