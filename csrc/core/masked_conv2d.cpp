@@ -109,6 +109,59 @@ void run_block(const MaskedConvArgs& args, const Cut& cut, const Panel& panel, S
   }
 }
 
+// Whether one of `count` sums is NaN: then their total is. So is inf - inf, which only costs a second look.
+inline bool may_have_nan(const float* from, int64_t count) {
+  Floats totals[4]{};
+  for (; count >= 4 * kLanes; from += 4 * kLanes, count -= 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) totals[v] += load(from + v * kLanes);
+  }
+  for (; count > 0; from += kLanes, count -= kLanes) totals[0] += load(from);
+  const float all = reduce_add((totals[0] + totals[1]) + (totals[2] + totals[3]));
+  return all != all;
+}
+
+// Adds one row of a panel up again, in each column the inputs of its own group alone.
+template <bool kBf16>
+void sum_groups(const MaskedConvArgs& args, const Cut& cut, const Panel& panel, const int32_t* taps,
+                const float* values, const Scratch& scratch, float* sums) {
+  constexpr int64_t kWord = kBf16 ? 2 : 1;
+  const int64_t depth = panel.ins / kWord, group_depth = cut.group_in / kWord;
+  for (int64_t o = 0; o < panel.outs; o += kLanes) {
+    const int64_t end = smaller(o + kLanes, panel.outs);
+    for (int64_t g = o / cut.group_out; g * cut.group_out < end; ++g) {
+      Floats sum = load(scratch.bias + o);
+      for (int64_t t = 0; t < cut.taps; ++t) {
+        if (taps[t] < 0) continue;
+        const float* row = values + taps[t] * (args.cin / kWord) + g * group_depth;
+        const float* weights = scratch.packed + (t * depth + g * group_depth) * panel.columns + o;
+        for (int64_t k = 0; k < group_depth; ++k) {
+          sum = multiply_add<kBf16>(sum, broadcast_word<kBf16>(row + k), load(weights + k * panel.columns));
+        }
+      }
+      const int64_t first = larger(g * cut.group_out, o), last = smaller((g + 1) * cut.group_out, end);
+      for (int64_t i = first; i < last; ++i) sums[i] = sum[i - o];
+    }
+  }
+}
+
+// Groups that share a panel multiply each other's inputs by zeros, which is NaN for an infinity or NaN: rows of the
+// block just run that have a NaN are added up again. Not inlined, so that the block keeps its registers.
+__attribute__((noinline)) void keep_groups_apart(const MaskedConvArgs& args, const Cut& cut, const Panel& panel,
+                                                 Share rows, const Scratch& scratch) {
+  const int64_t columns = panel.columns;
+  if (!may_have_nan(scratch.sums, (rows.end - rows.begin) * columns)) return;
+  const bool bf16 = reads_bf16(args.dtype, cut);
+  const auto sum_row = bf16 ? sum_groups<kHasBf16> : sum_groups<false>;
+  const float* values = static_cast<const float*>(args.values) + panel.first_in / (bf16 ? 2 : 1);
+  float* sums = scratch.sums;
+  for (int64_t r = rows.begin; r < rows.end; ++r, sums += columns) {
+    if (!may_have_nan(sums, columns)) continue;
+    sum_row(args, cut, panel, args.taps + r * cut.taps, values, scratch, sums);
+    for (int64_t o = 0; o < panel.outs; ++o) args.out[r * args.cout + panel.first_out + o] = sums[o];
+  }
+}
+
 inline Cut cut_of(const MaskedConvArgs& args) { return cut_channels(args.cin, args.cout, args.groups, args.num_taps); }
 
 inline int64_t rows_of(const Cut& cut) { return cut.narrow ? kGatheredRows : kRows; }
@@ -151,7 +204,9 @@ void masked_conv2d(const MaskedConvArgs& args, int64_t begin, int64_t end, float
       const Share ins{2 * words.begin, d + 1 == depths ? panel.ins : 2 * words.end};
       pack_panel(args, cut, panel, ins, parts.packed);
       for (int64_t unit = begin; unit < stop; ++unit) {
-        run_block(args, cut, panel, ins, share(args.n_out, unit % blocks, blocks), parts);
+        const Share rows = share(args.n_out, unit % blocks, blocks);
+        run_block(args, cut, panel, ins, rows, parts);
+        if (cut.groups_per_panel > 1) keep_groups_apart(args, cut, panel, rows, parts);
       }
     }
     begin = stop;

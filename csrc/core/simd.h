@@ -204,7 +204,8 @@ inline Floats exp_negative(Floats x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const Floats result = bit_cast<Floats>(bit_cast<Words>(p) + (bit_cast<Words>(shifted) << 23));
+  // A product with 2^n, so that any NaN stays one: added to its bits, n can make it a number.
+  const Floats result = p * bit_cast<Floats>((bit_cast<Words>(shifted) << 23) + 0x3f800000u);
   return x < kSmallest ? Floats{} : result;
 }
 

@@ -11,8 +11,10 @@ returns ``(L, n, n)``.
 
 Every row of ``U(K)`` sums to zero, so adding one vector to all images changes nothing. The first image's features are
 therefore taken off all of them beforehand: a common mean would drown the differences in rounding. The difference is
-kept in the features' own dtype (exact wherever two values are within a factor of two), products are accumulated in
-float32, and the centring is done in float64, where a layer that says the same of all images comes out as exact zeros.
+rounded to the features' own dtype (exact wherever two values are within a factor of two) in the reference and in
+Triton, whose matrix units take no other; the C++ and CUDA kernels and the gradient keep it in float32. Two float16
+values can differ by more than float16 holds, 65504: Triton alone then gives NaN. Products are accumulated in float32,
+and the centring is done in float64, where a layer that says the same of all images comes out as exact zeros.
 """
 
 from __future__ import annotations
@@ -62,7 +64,10 @@ def reference(features: Sequence[Tensor]) -> Tensor:
 
 def _gram(x: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    shifted = (x - x[:1]).to(wide)  # (n, d)
+    shifted = x.to(wide) - x[:1].to(wide)  # (n, d)
+    # As a GPU's matrix units take it, but for the differences that float16 has no number for.
+    rounded = shifted.to(x.dtype).to(wide)
+    shifted = torch.where(rounded.isfinite(), rounded, shifted)
     return u_centre(shifted @ shifted.mT).to(wide)
 
 
@@ -128,7 +133,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None]]:
     grads: list[Tensor | None] = []
     for i, (x, needed) in enumerate(zip(ctx.saved_tensors, ctx.needs_input_grad[0], strict=True)):
         # The rows of `inner` sum to zero too: the shift costs nothing and saves digits here as well.
-        grads.append((inner[i] @ (x - x[:1]).to(grad.dtype)).to(x.dtype) if needed else None)
+        grads.append((inner[i] @ (x.to(grad.dtype) - x[:1].to(grad.dtype))).to(x.dtype) if needed else None)
     return (grads,)
 
 

@@ -91,7 +91,7 @@ def reference(
     rows = gather_taps(values, taps).unflatten(2, (groups, -1))  # (N_out, T, g, Cin/g)
     kernel = weight.flatten(2).unflatten(0, (groups, -1))  # (g, Cout/g, Cin/g, T)
     out = torch.einsum("ntgi,goit->ngo", rows, kernel).flatten(1)  # (N_out, Cout)
-    return out if bias is None else out + bias
+    return (out if bias is None else out + bias).contiguous()  # einsum's own strides differ with the shape
 
 
 def check(

@@ -60,7 +60,7 @@ def masked_conv2d_weight(
 def reference(values: Tensor, grad: Tensor, taps: Tensor, order: Tensor, kh: int, kw: int, groups: int) -> Tensor:
     rows = gather_taps(values, taps).unflatten(2, (groups, -1))  # (N_out, T, g, Cin/g)
     out = torch.einsum("ntgi,ngo->goit", rows, grad.unflatten(1, (groups, -1)))
-    return out.flatten(0, 1).unflatten(2, (kh, kw))  # (g, Cout/g, Cin/g, T) -> (Cout, Cin/g, kh, kw)
+    return out.flatten(0, 1).unflatten(2, (kh, kw)).contiguous()  # (g, Cout/g, Cin/g, T) -> (Cout, Cin/g, kh, kw)
 
 
 def check(values: Tensor, grad: Tensor, taps: Tensor, order: Tensor, kh: int, kw: int, groups: int) -> None:

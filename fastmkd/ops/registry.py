@@ -5,7 +5,7 @@ for everything else: the operator ``torch.ops.fastmkd.<name>``, the parity, opch
 ahead-of-time compile checks, the benchmark entries, ``fastmkd check`` and the rows of ``docs/gpu-status.md``.
 
 A call runs ``check`` (shapes and dtypes), ``check_values`` (what only the data can tell), asks `fastmkd.ops.choice` for
-a backend, and runs it.
+a backend, and runs it. The backward pass of a call to which `fastmkd.backend` gave a backend runs on that one too.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import choice, ranges
-from .arguments import lead
+from .arguments import lead, tensors
 from .autocast import no_autocast
 
 __all__ = ["OPS", "Backend", "BadInput", "Cost", "Op", "Sample", "declare", "get_op", "require"]
@@ -176,7 +177,8 @@ def declare(
         dtypes: of the first tensor that the reference takes.
 
     Returns:
-        The operator, a callable with the schema's positional arguments.
+        The operator, a callable with the schema's positional arguments. It refuses forward-mode differentiation, which
+        PyTorch would answer with a derivative of zero.
     """
     name = schema.split("(", 1)[0]
     eager = Backend("eager", reference, "any", dtypes)
@@ -199,10 +201,46 @@ def declare(
 
     custom = torch.library.custom_op(f"fastmkd::{name}", op.run, mutates_args=(), schema=schema[len(name) :])
     custom.register_fake(checked_fake)
-    custom.register_autograd(backward, setup_context=setup_context)
-    op.entry = getattr(torch.ops.fastmkd, name).default
+    custom.register_autograd(_on_the_backend_of_the_forward(backward), setup_context=_and_the_backend(setup_context))
+    operator = op.entry = getattr(torch.ops.fastmkd, name).default
     OPS[name] = op
-    return op.entry
+
+    def entry(*args: Any) -> Any:
+        # Inside the operator PyTorch shows no tangent any more. Outside of forward mode the level is -1.
+        if forward_ad._current_level >= 0 and op.differentiable and _has_tangent(args):
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative, but an input carries a tangent (torch.func.jvp or jacfwd, "
+                "dual_level); use reverse mode: backward or torch.autograd.grad."
+            )
+        return operator(*args)
+
+    return entry
+
+
+def _has_tangent(args: tuple[Any, ...]) -> bool:
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors(args) if t.is_floating_point())
+
+
+def _and_the_backend(setup_context: Callable[..., None]) -> Callable[..., None]:
+    """`setup_context` that also saves the backend which a `fastmkd.backend` block asks for."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.forced_backend = choice.forced()
+        setup_context(ctx, inputs, output)
+
+    return setup
+
+
+def _on_the_backend_of_the_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward` on the backend saved: on a GPU it runs in a thread of PyTorch's, which does not see the block."""
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        if ctx.forced_backend == "auto":
+            return backward(ctx, *grads)
+        with choice.backend(ctx.forced_backend):
+            return backward(ctx, *grads)
+
+    return run
 
 
 def require(condition: Tensor, sentence: str) -> None:

@@ -219,6 +219,7 @@ _entry = declare(
     samples=samples,
     bad_inputs=bad_inputs,
     cost=cost,
+    dtypes=FLOAT32,
     backends=[
         Backend("cpp", native.entry("select_tokens"), "cpu", FLOAT32, native.missing_cpu),
         Backend("triton", triton.launcher("select_tokens"), "cuda", FLOAT32, triton.missing),

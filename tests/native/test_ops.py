@@ -44,6 +44,9 @@ def test_cls_saliency_extremes(ops):
     assert (large >= 0).all()
     k[0, 1, 5, 3] = float("nan")
     assert ops.cls_saliency(q, k, 1, 1.0, False).isnan().all()
+    for bits in (-1, 0x7FC00001, 0x7F800001):  # NaN whose low bits an exponent could be added to
+        k.view(torch.int32)[0, 1, 5, 3] = bits
+        assert ops.cls_saliency(q, k, 1, 1.0, False).isnan().all()
     k[0, 1, 5, 3] = float("inf")
     assert ops.cls_saliency(q.abs(), k, 1, 1.0, False).isnan().all()  # as softmax: inf - inf
 
@@ -232,6 +235,25 @@ def test_masked_conv2d(ops, cin, cout, groups, kernel, dtype):
         out = ops.masked_conv2d(values, layout, bias, *taps, groups)
         assert out.dtype == dtype
         torch.testing.assert_close(out.double(), want, rtol=ROUNDING[dtype] + 1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("cin", "cout", "groups", "kernel"),
+    [(128, 128, 32, 3), (64, 64, 4, 3), (12, 12, 4, 3), (24, 40, 8, 1), (40, 20, 20, 3), (6, 10, 2, 3)],
+)
+def test_an_infinity_stays_in_its_group(ops, cin, cout, groups, kernel, number, dtype):
+    """The weights of small groups lie side by side, with zeros between them: zero times infinity is NaN."""
+    taps = tables(300, 400, kernel**2)
+    values, bias = rand(300, cin, dtype=dtype), rand(cout, dtype=dtype, seed=2)
+    weight = rand(cout, cin // groups, kernel, kernel, dtype=dtype, seed=1) / kernel
+    values[3, cin // groups], values[50, cin - 1], values[50, 0] = number, number, -number
+    want = torch.from_numpy(convolution_by_numpy(values, weight, bias, taps[0], groups))
+    out = ops.masked_conv2d(values, weight, bias, *taps, groups).double()
+    assert (out.isfinite() == want.isfinite()).all()
+    assert want.isfinite().sum() < want.numel()
+    torch.testing.assert_close(out, want, rtol=ROUNDING[dtype] + 1e-5, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize(("cin", "cout", "groups", "kernel"), CONVOLUTIONS)

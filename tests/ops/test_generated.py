@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmkd
@@ -158,9 +160,58 @@ def test_compiles_without_a_graph_break(name: str) -> None:
     torch._dynamo.reset()  # one function for all ops: PyTorch compiles it at most eight times
     op = OPS[name]
     sample = op.samples("cpu", torch.float32)[0]
-    args = sample.args
-    compiled = torch.compile(lambda *a: op.entry(*a), backend="aot_eager", fullgraph=True)
+    args, entry = sample.args, _public(name)
+    compiled = torch.compile(lambda *a: entry(*a), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*args), op.entry(*args), rtol=0, atol=0)
+
+
+def _public(name: str) -> Any:
+    """The callable that the op's file and everything else calls."""
+    return sys.modules[OPS[name].reference.__module__]._entry
+
+
+@pytest.mark.parametrize("way", ["dual_level", "jvp"])
+@pytest.mark.parametrize("name", sorted(name for name, op in OPS.items() if op.differentiable))
+def test_forward_mode_is_refused(name: str, way: str) -> None:
+    sample = next(sample for sample in OPS[name].samples("cpu", torch.float64) if sample.grad)
+    args = list(sample.args)
+    place = next(i for i in sample.grad if args[i] is not None)
+    (point, *_) = tensors((args[place],))
+
+    def call(x: torch.Tensor) -> Any:
+        rest = iter([x])
+        (changed,) = map_tensors(lambda t: next(rest, t), (args[place],))
+        return _public(name)(*args[:place], changed, *args[place + 1 :])
+
+    def derive() -> None:
+        direction = torch.ones_like(point)
+        if way == "jvp":
+            torch.func.jvp(call, (point,), (direction,))
+        with forward_ad.dual_level():
+            call(forward_ad.make_dual(point, direction))
+
+    with pytest.raises(NotImplementedError, match=f"^{name} has no forward-mode derivative"):
+        derive()
+    with forward_ad.dual_level():
+        call(point)  # nothing to differentiate
+
+
+def _layout(out: Any) -> list[tuple[Any, ...]]:
+    return [(tuple(t.shape), t.dtype, t.stride()) for t in tensors((out,))]
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_every_backend_lays_its_output_out_as_promised(name: str) -> None:
+    # Generated code takes the fake's strides for granted.
+    op = OPS[name]
+    usable = [b for b in op.backends.values() if b.device in ("any", "cpu") and b.reason() is None]
+    for backend, dtype in ((b, dtype) for b in usable for dtype in b.dtypes):
+        for sample in op.samples("cpu", dtype):
+            args = () if sample.huge else sample.args
+            if args and sum(t.numel() for t in tensors(args)) <= 400_000:
+                with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+                    promised = op.entry(*map_tensors(mode.from_tensor, args))
+                assert _layout(backend.run(*args)) == _layout(promised), (backend.name, dtype, sample.name)
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
