@@ -202,6 +202,7 @@ def _check(recipe: Recipe) -> None:
         ("data.validation_fraction", recipe.data.validation_fraction, 0.001, 0.999),
         ("optim.lr", recipe.optim.lr, 0, float("inf")),
         ("optim.lr_images", recipe.optim.lr_images, 1, float("inf")),
+        ("optim.weight_decay", recipe.optim.weight_decay, 0, float("inf")),
         ("optim.accumulate", recipe.optim.accumulate, 1, float("inf")),
         ("optim.layer_decay", recipe.optim.layer_decay, 1e-6, 1),
         ("optim.clip_grad", recipe.optim.clip_grad, 1e-12, float("inf")),

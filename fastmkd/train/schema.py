@@ -128,7 +128,7 @@ class OptimRecipe:
     """How the weights move.
 
     Attributes:
-        name: timm's name of the optimizer.
+        name: timm's name of the optimizer; one whose state no checkpoint can hold (lookahead_..., kron) is refused.
         lr: learning rate, for lr_images images per update.
         lr_images: null uses lr as it is; a number scales it by images per update / lr_images.
         weight_decay: not applied to biases and norms.
@@ -138,7 +138,8 @@ class OptimRecipe:
         skip_nonfinite: how many updates whose loss or gradient is NaN or infinite to leave out before the run stops;
             they are counted, and the batch of the first is kept. 0 stops at the first; with more, every update waits
             for the device.
-        kwargs: further arguments of the optimizer, for example {betas: [0.9, 0.95]}.
+        kwargs: further arguments of the optimizer, for example {betas: [0.9, 0.95]}; what would have no effect is
+            refused.
     """
 
     name: str = "adamw"

@@ -1,0 +1,83 @@
+"""The optimizer of a recipe: nothing in it is ignored in silence, and a run with it can go on from a checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fastmkd.train.engine import train
+from fastmkd.train.errors import UserError
+from fastmkd.train.optim import build_optimizer
+from fastmkd.train.recipe import load_recipe
+from fastmkd.train.schema import OptimRecipe
+
+
+def build(name: str = "adamw", **kwargs):
+    return build_optimizer(OptimRecipe(name=name, kwargs=kwargs), nn.Linear(3, 2), nn.ModuleDict(), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "said"),
+    [
+        ("adamw", {"weight_decay": 0.3}, "optim.kwargs has weight_decay, .* no effect there; say optim.weight_decay"),
+        ("adamw", {"layer_decay": 0.5}, "layer_decay, .*; say optim.layer_decay instead"),
+        ("adamw", {"lr": 0.5}, "has lr, .*; say optim.lr instead"),
+        ("adamw", {"opt": "sgd"}, "has opt, .*; say optim.name instead"),
+        ("adamw", {"filter_bias_and_bn": False}, "has filter_bias_and_bn, .*; remove it"),
+        ("adamw", {"param_group_fn": None}, "has param_group_fn, .*; remove it"),
+        ("muon", {"fallback_list": ["head"]}, "has fallback_list, .*; remove it"),
+        ("adamw", {"momentum": 0.5}, "has momentum, which optim.name 'adamw' does not use; remove it"),
+        ("sgd", {"betas": [0.9, 0.95]}, "has betas, which optim.name 'sgd' does not use"),
+        ("sgd", {"eps": 1e-3}, "has eps, which optim.name 'sgd' does not use"),
+        ("adamw", {"beta": 0.9}, "timm cannot make optim.name 'adamw' with .*beta"),
+        ("adamww", {}, "timm cannot make optim.name 'adamww'"),
+        ("adahessian", {}, "needs second derivatives"),
+    ],
+)
+def test_arguments_without_effect_are_refused(name, kwargs, said):
+    with pytest.raises(UserError, match=said):
+        build(name, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("sgd", "momentum", 0.5), ("adamw", "betas", (0.8, 0.9)), ("adamw", "eps", 1e-3), ("lion", "foreach", False)],
+)
+def test_arguments_with_effect_arrive(name, key, value):
+    assert all(group[key] == value for group in build(name, **{key: value}).param_groups)
+
+
+def test_a_negative_weight_decay_is_refused():
+    with pytest.raises(UserError, match=r"optim.weight_decay is -1.0; expected a number from 0 to inf"):
+        load_recipe(options=["--optim.weight_decay=-1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("lookahead_adamw", "another optimizer inside it holds it"), ("adafactorbv", "torch.dtype")],
+)
+def test_optimizers_that_no_checkpoint_holds_are_refused(name, why):
+    """Timm's Lookahead would make a further step at every save; adafactorbv would end the run at the first."""
+    with pytest.raises(UserError, match=f"the state of optim.name '{name}' cannot be kept in a checkpoint .*{why}"):
+        build(name)
+
+
+def test_nothing_random_is_drawn_by_the_trial():
+    torch.manual_seed(3)
+    student, expected = nn.Linear(3, 2), torch.rand(3)
+    torch.manual_seed(3)
+    student = nn.Linear(3, 2)
+    build_optimizer(OptimRecipe(), student, nn.ModuleDict(), 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon"])
+def test_saving_changes_nothing(recipes, name):
+    """A run that saves after each update ends as one that saves once."""
+    options = [f"--optim.name={name}", "--schedule.epochs=2"]
+    for every in (0, 1):
+        train(load_recipe("teacher.yaml", [*options, f"--name=every{every}", f"--run.save_every={every}"]))
+    ours, theirs = (load_file(f"runs/every{every}/model.safetensors") for every in (1, 0))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
