@@ -173,12 +173,14 @@ class Schedule:
         if recipe.last_lr is not None and update >= self.last:
             return recipe.last_lr
         if update < self.warmup:
-            return recipe.warmup_lr + update * ((full - recipe.warmup_lr) / self.warmup)
+            low = min(recipe.warmup_lr, full)
+            return low + update * ((full - low) / self.warmup)
         if self.milestones is not None:
             return full * recipe.gamma ** sum(update >= milestone for milestone in self.milestones)
         length = max(1, self.last - self.warmup)
         gone = min(update - self.warmup, length)
-        return recipe.min_lr + 0.5 * (full - recipe.min_lr) * (1 + math.cos(math.pi * gone / length))
+        low = min(recipe.min_lr, full)  # a cosine falls, whatever rate is asked for
+        return low + 0.5 * (full - low) * (1 + math.cos(math.pi * gone / length))
 
     def step_update(self, update: int) -> None:
         """Sets the rates for an update.

@@ -160,8 +160,8 @@ class ScheduleRecipe:
     Attributes:
         epochs: passes over the training pictures.
         warmup_epochs: how long the learning rate rises; parts of an epoch count.
-        warmup_lr: where it starts.
-        min_lr: where the cosine ends.
+        warmup_lr: where it starts; optim.lr if that is lower.
+        min_lr: where the cosine ends; optim.lr if that is lower, which then stays as it is.
         milestones: epochs done after which the rate is multiplied by gamma, in place of the cosine, for example [16,
             21]; null has the cosine.
         gamma: of the milestones.
