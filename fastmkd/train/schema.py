@@ -231,7 +231,7 @@ class RunRecipe:
     Attributes:
         root: folder of all runs.
         dir: folder of this run; null is root/name.
-        precision: no (float32), bf16 or fp16 mixed precision.
+        precision: no (float32), bf16 or fp16 mixed precision; fp16 needs a GPU.
         device: cpu forces the CPU; null, the default, takes the GPU if there is one.
         log_every: updates between two log lines.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
