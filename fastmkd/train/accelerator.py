@@ -28,8 +28,8 @@ def refuse_precision(recipe: Recipe) -> None:
     on_cpu = recipe.run.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     if recipe.run.precision == "fp16" and (on_cpu or not torch.accelerator.is_available()):
         raise UserError(
-            f"run.precision is fp16 and {recipe.name} is to be trained on the CPU, which has no mixed precision of that "
-            "kind; take bf16, or no for float32."
+            f"run.precision is fp16 and {recipe.name} is to be trained on the CPU, which has no such mixed "
+            "precision; take bf16, or no for float32."
         )
 
 

@@ -51,7 +51,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         ``bad_pictures``, ``weights``.
 
     Raises:
-        UserError: the recipe, the device or the data do not fit, the folder belongs to another run, or the loss is not finite.
+        UserError: the recipe, the device or the data do not fit, the folder belongs to another run, or the loss is not
+            finite.
         RunInterrupted: Ctrl-C or SIGTERM came; a checkpoint has been written.
     """
     run = RunDir(recipe.run_dir)
