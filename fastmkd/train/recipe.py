@@ -241,6 +241,11 @@ def _check(recipe: Recipe) -> None:
             f"schedule.milestones is {marks}; expected epochs in rising order, above 0 and below {schedule.epochs}; "
             "null has a cosine."
         )
+    low, high = recipe.augment.scale
+    if not 0 < low <= high <= 1:
+        raise UserError(
+            f"augment.scale is {[low, high]}; expected two shares of the area, the smaller first, above 0 and at most 1."
+        )
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
         raise UserError(f"data.batch_size is {recipe.data.batch_size}; mixup and cutmix pair images: make it even.")
     if not recipe.name or recipe.name in (".", "..") or "/" in recipe.name:
