@@ -244,7 +244,7 @@ def _check(recipe: Recipe) -> None:
     low, high = recipe.augment.scale
     if not 0 < low <= high <= 1:
         raise UserError(
-            f"augment.scale is {[low, high]}; expected two shares of the area, the smaller first, above 0 and at most 1."
+            f"augment.scale is {[low, high]}; expected two shares of the area in rising order, above 0 and at most 1."
         )
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
         raise UserError(f"data.batch_size is {recipe.data.batch_size}; mixup and cutmix pair images: make it even.")
