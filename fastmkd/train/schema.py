@@ -128,7 +128,7 @@ class OptimRecipe:
     """How the weights move.
 
     Attributes:
-        name: timm's name of the optimizer; one whose state no checkpoint can hold (lookahead_..., kron) is refused.
+        name: timm's name of the optimizer; one whose state no checkpoint can hold, such as kron, is refused.
         lr: learning rate, for lr_images images per update.
         lr_images: null uses lr as it is; a number scales it by images per update / lr_images.
         weight_decay: not applied to biases and norms.
