@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.optim import list_optimizers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from fastmkd.train.engine import train
 from fastmkd.train.errors import UserError
@@ -56,7 +60,12 @@ def test_a_negative_weight_decay_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("lookahead_adamw", "another optimizer inside it holds it"), ("adafactorbv", "torch.dtype")],
+    [
+        ("lookahead_adamw", "another optimizer inside it holds it"),
+        ("adafactorbv", "torch.dtype"),
+        ("cadafactorbvc", "torch.dtype"),
+        pytest.param("kron", "list", marks=pytest.mark.long),  # compiles for ten seconds
+    ],
 )
 def test_optimizers_that_no_checkpoint_holds_are_refused(name, why):
     """Timm's Lookahead would make a further step at every save; adafactorbv would end the run at the first."""
@@ -71,6 +80,44 @@ def test_nothing_random_is_drawn_by_the_trial():
     student = nn.Linear(3, 2)
     build_optimizer(OptimRecipe(), student, nn.ModuleDict(), 1)
     assert torch.equal(torch.rand(3), expected)
+
+
+REFUSED = {"adafactorbv", "adafactorbvc", "adahessian", "cadafactorbv", "cadafactorbvc", "kron", "kronc", "kronw"}
+OTHERS = [name for name in list_optimizers() if name not in REFUSED and not name.startswith(("bnb", "fused"))]  # GPUs
+
+
+def small(name: str):
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    return student, build_optimizer(OptimRecipe(name=name, lr=1e-2), student, nn.ModuleDict(), 1)
+
+
+def steps(student: nn.Module, optimizer, first: int, last: int) -> None:
+    for number in range(first, last):
+        generator = torch.Generator().manual_seed(number)
+        for parameter in student.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_optimizer_goes_on_to_the_bit(name):
+    """Saved and taken up as a run does it; one for which that fails has to be refused."""
+    how = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+    straight, optimizer = small(name)
+    steps(straight, optimizer, 0, 15)
+    saved, optimizer = small(name)
+    steps(saved, optimizer, 0, 7)
+    weights, state = copy.deepcopy(get_state_dict(saved, optimizer, options=how))
+    steps(saved, optimizer, 7, 15)
+    resumed, optimizer = small(name)
+    how = StateDictOptions(full_state_dict=True)
+    set_state_dict(resumed, optimizer, model_state_dict=weights, optim_state_dict=state, options=how)
+    steps(resumed, optimizer, 7, 15)
+    for expected, one, other in zip(*(list(m.parameters()) for m in (straight, saved, resumed)), strict=True):
+        assert torch.equal(one, expected), "being saved has changed something"
+        assert torch.equal(other, expected), "it does not go on"
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon"])
