@@ -95,7 +95,10 @@ def _refuse_ignored(recipe: OptimRecipe) -> None:
             advice = f"say {own[key]} instead" if key in own else "remove it, parameter groups are made without it"
             raise UserError(f"optim.kwargs has {key}, which would have no effect there; {advice}.")
         if info is not None and not getattr(info, f"has_{key}", True):
-            raise UserError(f"optim.kwargs has {key}, which optim.name {recipe.name!r} does not use; remove it.")
+            raise UserError(
+                f"optim.kwargs has {key}, which optim.name {recipe.name!r} does not use; remove it. Beside another "
+                "name on the command line, --optim.kwargs={} drops those of the recipe."
+            )
 
 
 def _refuse_unsaved(recipe: OptimRecipe, device: torch.device) -> None:

@@ -53,6 +53,16 @@ def test_arguments_with_effect_arrive(name, key, value):
     assert all(group[key] == value for group in build(name, **{key: value}).param_groups)
 
 
+def test_another_optimizer_on_the_command_line_drops_the_arguments_of_the_recipes(tmp_path):
+    """As the message about them says."""
+    (tmp_path / "recipe.yaml").write_text("optim: {name: sgd, kwargs: {momentum: 0.8, nesterov: false}}")
+    optim = load_recipe(tmp_path / "recipe.yaml", ["--optim.name=adamw"]).optim
+    with pytest.raises(UserError, match=r"momentum, which .*'adamw' does not use; .*--optim.kwargs=\{\} drops"):
+        build_optimizer(optim, nn.Linear(3, 2), nn.ModuleDict(), 1)
+    optim = load_recipe(tmp_path / "recipe.yaml", ["--optim.name=adamw", "--optim.kwargs={}"]).optim
+    assert build_optimizer(optim, nn.Linear(3, 2), nn.ModuleDict(), 1).defaults["betas"] == (0.9, 0.999)
+
+
 def test_a_negative_weight_decay_is_refused():
     with pytest.raises(UserError, match=r"optim.weight_decay is -1.0; expected a number from 0 to inf"):
         load_recipe(options=["--optim.weight_decay=-1"])
