@@ -153,6 +153,39 @@ class DistillMethod(nn.Module):
         """
         return weights
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that timm's optimizers are to leave without weight decay: those the student names.
+
+        Example:
+            >>> student = nn.Linear(2, 2)
+            >>> student.no_weight_decay = lambda: {"weight"}
+            >>> DistillMethod(student).no_weight_decay()
+            {'student.weight'}
+        """
+        says: Any = getattr(self.student, "no_weight_decay", set)
+        return {f"student.{name}" for name in says()}
+
+    @property
+    def group_matcher(self) -> Callable[..., Callable[[str], int]]:
+        """What timm asks for when learning rates shrink from layer to layer (``layer_decay``).
+
+        Called with timm's ``coarse``, it gives a function from the name of a parameter to its layer: the student's own
+        count, and the last layer for all that is not the student's, which so has the full learning rate.
+
+        Raises:
+            AttributeError: the student has none, so that timm sees that the method has none.
+        """
+        of_student: Any = self.student.group_matcher
+
+        def matcher(coarse: bool = False) -> Callable[[str], int]:
+            from timm.models import group_parameters
+
+            layers: dict[str, int] = group_parameters(self.student, of_student(coarse=coarse), reverse=True)
+            last = max(layers.values(), default=0)
+            return lambda name: layers.get(name.removeprefix("student."), last) if name.startswith("student.") else last
+
+        return matcher
+
     @property
     def has_pictures(self) -> bool:
         """Whether `pictures` shows more than the input."""

@@ -5,11 +5,32 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 from .errors import UserError
 from .schema import Recipe
 from .sharding import settle_sharding
 
-__all__ = ["make_accelerator"]
+__all__ = ["make_accelerator", "refuse_precision"]
+
+
+def refuse_precision(recipe: Recipe) -> None:
+    """Refuses to train in a precision that the device of a run cannot do, before anything else is trained for it.
+
+    Args:
+        recipe: its part `run` counts.
+
+    Raises:
+        UserError: fp16 without a GPU, in place of which Accelerate would take float32 and say nothing.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    on_cpu = recipe.run.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if recipe.run.precision == "fp16" and (on_cpu or not torch.accelerator.is_available()):
+        raise UserError(
+            f"run.precision is fp16 and {recipe.name} is to be trained on the CPU, which has no such mixed "
+            "precision; take bf16, or no for float32."
+        )
 
 
 def make_accelerator(recipe: Recipe) -> Any:

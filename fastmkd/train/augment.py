@@ -60,13 +60,26 @@ def picture_transform(augment: AugmentRecipe | None, size: int) -> Callable[[Any
             steps.append(v2.RandomHorizontalFlip(augment.flip))
         if augment.rand_augment:
             try:
-                steps.append(rand_augment_transform(augment.rand_augment, {"translate_const": int(size * 0.45)}))
+                operations = rand_augment_transform(augment.rand_augment, {"translate_const": int(size * 0.45)})
             except (AssertionError, ValueError, KeyError) as error:
                 raise UserError(
                     f"augment.rand_augment is {augment.rand_augment!r}, which timm does not understand ({error}); "
                     "write it like rand-m9-mstd0.5-inc1."
                 ) from None
+            steps.append(_InColours(operations))
     return v2.Compose([*steps, v2.PILToTensor()])
+
+
+class _InColours:
+    """Applies operations that know three channels to pictures of one, too: what is grey stays grey."""
+
+    def __init__(self, operations: Callable[[Any], Any]) -> None:
+        self.operations = operations
+
+    def __call__(self, picture: Any) -> Any:
+        if picture.mode != "L":
+            return self.operations(picture)
+        return self.operations(picture.convert("RGB")).convert("L")
 
 
 class _CentreOf:
@@ -135,27 +148,30 @@ class Finisher:
         self.scale = torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1)
         self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(-1, 1, 1)
         self.erase = self.mix = None
+        self.num_classes, self.smoothing = num_classes, 0.0
         if augment is None:
             return
         if augment.random_erasing:
             from timm.data.random_erasing import RandomErasing
 
             self.erase = RandomErasing(augment.random_erasing, mode="pixel")
-        if augment.mixup or augment.cutmix or augment.label_smoothing:
+        self.smoothing = augment.label_smoothing
+        if augment.mixup or augment.cutmix:
             from timm.data import Mixup
 
-            mixing = augment.mixup > 0 or augment.cutmix > 0
             self.mix = Mixup(
                 mixup_alpha=augment.mixup,
                 cutmix_alpha=augment.cutmix,
-                prob=augment.mix_prob if mixing else 0.0,
+                prob=augment.mix_prob,
                 switch_prob=augment.switch_prob,
                 label_smoothing=augment.label_smoothing,
                 num_classes=num_classes,
             )
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalises ``(B, C, H, W)`` uint8 to float32 and mixes; targets become ``(B, classes)`` if mixing is on.
+        """Normalises ``(B, C, H, W)`` uint8 to float32 and mixes.
+
+        Targets become ``(B, classes)`` if mixing or label smoothing is on.
 
         Args:
             images: uint8.
@@ -169,4 +185,8 @@ class Finisher:
             images = self.erase(images)
         if self.mix is not None:
             images, targets = self.mix(images, targets)
+        elif self.smoothing:
+            from timm.data.mixup import mixup_target
+
+            targets = mixup_target(targets, self.num_classes, smoothing=self.smoothing)
         return images, targets

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .pictures import open_picture
+from .pictures import as_rgb, open_picture
 
 __all__ = ["BoxPictures", "BoxTable"]
 
@@ -93,7 +93,7 @@ class BoxPictures:
                     f"it has {picture.size[0]} x {picture.size[1]} pixels, but its boxes were made for {said[0]} x "
                     f"{said[1]}"
                 )
-            return picture.convert("RGB")
+            return as_rgb(picture)
 
     def target(self, index: int) -> dict[str, Tensor]:
         """What is in picture `index`.

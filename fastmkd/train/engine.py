@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.choice import prepare
-from .accelerator import make_accelerator
+from .accelerator import make_accelerator, refuse_precision
 from .bad_batch import Skips, Tried, keep_bad_batch
 from .build import Setup, assemble
 from .checkpoint import save_tensors
@@ -52,12 +52,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
         ``bad_pictures``, ``weights``.
 
     Raises:
-        UserError: the recipe or the data do not fit, the folder belongs to another run, or the loss is not finite.
+        UserError: the recipe, the device or the data do not fit, the folder belongs to another run, or the loss is not
+            finite.
         RunInterrupted: Ctrl-C or SIGTERM came; a checkpoint has been written.
     """
+    run = RunDir(recipe.run_dir)
+    if run.result() is None:
+        refuse_precision(recipe)
     setup = assemble(recipe, train)
     accelerator = make_accelerator(recipe)
-    run = RunDir(recipe.run_dir)
     with contextlib.ExitStack() as held:
 
         def take() -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..methods.task_loss import IGNORE
 from .errors import UserError, shorten
-from .pictures import SUFFIXES, open_picture
+from .pictures import SUFFIXES, as_rgb, open_picture
 
 __all__ = ["IGNORE", "SCENES", "MaskPictures", "MaskSet", "open_cityscapes", "open_mask_folder", "open_scene_masks"]
 
@@ -70,7 +70,7 @@ class MaskPictures:
             index: from 0.
         """
         with open_picture(self.pictures[index]) as picture:
-            return picture.convert("RGB")
+            return as_rgb(picture)
 
     def target(self, index: int) -> Tensor:
         """Classes of picture `index`, ``(H, W)`` uint8.

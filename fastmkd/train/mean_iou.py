@@ -13,29 +13,46 @@ from .loading import Loader, eval_plan
 from .mask_pictures import IGNORE
 from .tasks.base import Finish
 
-__all__ = ["confusion_matrix", "evaluate_masks", "mask_scores"]
+__all__ = ["confusion_matrix", "evaluate_masks", "mask_scores", "predicted"]
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """The class that each pixel is said to be of; 255 where no class is, as the largest logit is NaN or infinite.
+
+    Args:
+        logits: ``(..., K, H, W)``.
+
+    Returns:
+        ``(..., H, W)`` int64.
+
+    Example:
+        >>> predicted(torch.tensor([[[2.0, float("nan")]], [[1.0, 1.0]]]))
+        tensor([[  0, 255]])
+    """
+    best = logits.max(-3)
+    return best.indices.masked_fill(~best.values.isfinite(), IGNORE)
 
 
 def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
-    """Counts pixels by true and predicted class; those of class 255 are left out.
+    """Counts pixels by true and predicted class; those whose true class is 255 are left out.
 
     Args:
         logits: ``(B, K, H, W)``.
         targets: ``(B, H, W)`` int64.
 
     Returns:
-        ``(K, K)`` int64, true classes down and predicted ones across.
+        ``(K, K + 1)`` int64, true classes down and predicted ones across; last those of which no class is predicted.
 
     Example:
         >>> logits = torch.tensor([[[[2.0, 0.0, 0.0]], [[1.0, 1.0, 1.0]]]])
         >>> confusion_matrix(logits, torch.tensor([[[0, 0, 255]]]))
-        tensor([[1, 1],
-                [0, 0]])
+        tensor([[1, 1, 0],
+                [0, 0, 0]])
     """
     K = logits.shape[1]
     counted = targets != IGNORE
-    pairs = targets[counted] * K + logits.argmax(1)[counted]
-    return torch.bincount(pairs, minlength=K * K).view(K, K)
+    pairs = targets[counted] * (K + 1) + predicted(logits)[counted].clamp(max=K)
+    return torch.bincount(pairs, minlength=K * (K + 1)).view(K, K + 1)
 
 
 def mask_scores(confusion: Tensor) -> dict[str, float]:
@@ -44,15 +61,15 @@ def mask_scores(confusion: Tensor) -> dict[str, float]:
     The mean is over the classes that occur, as truth or as a prediction; without any pixel both scores are NaN.
 
     Args:
-        confusion: ``(K, K)``, true classes down and predicted ones across.
+        confusion: ``(K, K + 1)``, see `confusion_matrix`. A pixel of which no class is predicted is a wrong one.
 
     Example:
-        >>> mask_scores(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
+        >>> mask_scores(torch.tensor([[3, 1, 0, 0], [0, 4, 0, 0], [0, 0, 0, 0]]))
         {'miou': 77.5, 'pixel_accuracy': 87.5}
     """
     counts = confusion.double()
     hits = counts.diagonal()
-    union = counts.sum(0) + counts.sum(1) - hits
+    union = counts.sum(0)[: len(hits)] + counts.sum(1) - hits
     seen = union > 0
     return {
         "miou": 100 * (hits[seen] / union[seen]).mean().item(),
@@ -82,7 +99,7 @@ def evaluate_masks(
     """
     was_training, K, device = model.training, int(model.num_classes), accelerator.device  # type: ignore[arg-type]
     model.eval()
-    confusion = torch.zeros(K, K, dtype=torch.int64, device=device)
+    confusion = torch.zeros(K, K + 1, dtype=torch.int64, device=device)
     count = torch.zeros((), dtype=torch.int64, device=device)
     plan = eval_plan(num_pictures, batch_size, accelerator.process_index, accelerator.num_processes)
     for batch in loader.batches(plan):

@@ -8,12 +8,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import UserError
 
-__all__ = ["FilePictures", "Pictures", "StoredPictures", "TensorPictures", "find_classes", "open_picture"]
+__all__ = ["FilePictures", "Pictures", "StoredPictures", "TensorPictures", "as_rgb", "find_classes", "open_picture"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 Stored = TypeVar("Stored")
@@ -40,6 +41,34 @@ def open_picture(file: Path | BytesIO) -> Any:
         picture.close()
         raise ValueError(f"it has {picture.width} x {picture.height} pixels; expected at most {most}")
     return picture
+
+
+def as_rgb(picture: Any) -> Any:
+    """Converts a PIL image to 8-bit RGB; of 16 bits of grey the upper eight are taken.
+
+    Args:
+        picture: of any mode.
+
+    Raises:
+        ValueError: its grey is in numbers of 32 bits, of which nobody says which is white.
+
+    Example:
+        >>> from PIL import Image
+        >>> as_rgb(Image.new("I;16", (1, 1), 0x80FF)).getpixel((0, 0))
+        (128, 128, 128)
+    """
+    from PIL import Image
+
+    # Pillow itself clips these modes to 0 ... 255, which makes nearly all of such a picture white.
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        picture.load()  # raises for a file that is cut off
+        grey = np.asarray(picture).astype(np.int32) >> 8
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            "its grey is in numbers of 32 bits, of which nobody knows which is white; save it with 8 or 16"
+        )
+    return picture.convert("RGB")
 
 
 class Pictures(Protocol):
@@ -190,7 +219,7 @@ class StoredPictures(abc.ABC, Generic[Stored]):
             index: from 0.
         """
         with open_picture(self.file(self.stored[index])) as picture:
-            return picture.convert("RGB")
+            return as_rgb(picture)
 
     def target(self, index: int) -> int:
         """Class of picture `index`.

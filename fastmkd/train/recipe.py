@@ -202,6 +202,7 @@ def _check(recipe: Recipe) -> None:
         ("data.validation_fraction", recipe.data.validation_fraction, 0.001, 0.999),
         ("optim.lr", recipe.optim.lr, 0, float("inf")),
         ("optim.lr_images", recipe.optim.lr_images, 1, float("inf")),
+        ("optim.weight_decay", recipe.optim.weight_decay, 0, float("inf")),
         ("optim.accumulate", recipe.optim.accumulate, 1, float("inf")),
         ("optim.layer_decay", recipe.optim.layer_decay, 1e-6, 1),
         ("optim.clip_grad", recipe.optim.clip_grad, 1e-12, float("inf")),
@@ -239,6 +240,11 @@ def _check(recipe: Recipe) -> None:
         raise UserError(
             f"schedule.milestones is {marks}; expected epochs in rising order, above 0 and below {schedule.epochs}; "
             "null has a cosine."
+        )
+    low, high = recipe.augment.scale
+    if not 0 < low <= high <= 1:
+        raise UserError(
+            f"augment.scale is {[low, high]}; expected two shares of the area in rising order, above 0 and at most 1."
         )
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.data.batch_size % 2:
         raise UserError(f"data.batch_size is {recipe.data.batch_size}; mixup and cutmix pair images: make it even.")

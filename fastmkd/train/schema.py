@@ -128,7 +128,7 @@ class OptimRecipe:
     """How the weights move.
 
     Attributes:
-        name: timm's name of the optimizer.
+        name: timm's name of the optimizer; one whose state no checkpoint can hold, such as kron, is refused.
         lr: learning rate, for lr_images images per update.
         lr_images: null uses lr as it is; a number scales it by images per update / lr_images.
         weight_decay: not applied to biases and norms.
@@ -138,7 +138,8 @@ class OptimRecipe:
         skip_nonfinite: how many updates whose loss or gradient is NaN or infinite to leave out before the run stops;
             they are counted, and the batch of the first is kept. 0 stops at the first; with more, every update waits
             for the device.
-        kwargs: further arguments of the optimizer, for example {betas: [0.9, 0.95]}.
+        kwargs: further arguments of the optimizer, for example {betas: [0.9, 0.95]}; what would have no effect is
+            refused.
     """
 
     name: str = "adamw"
@@ -159,8 +160,8 @@ class ScheduleRecipe:
     Attributes:
         epochs: passes over the training pictures.
         warmup_epochs: how long the learning rate rises; parts of an epoch count.
-        warmup_lr: where it starts.
-        min_lr: where the cosine ends.
+        warmup_lr: where it starts; optim.lr if that is lower.
+        min_lr: where the cosine ends; optim.lr if that is lower, which then stays as it is.
         milestones: epochs done after which the rate is multiplied by gamma, in place of the cosine, for example [16,
             21]; null has the cosine.
         gamma: of the milestones.
@@ -230,7 +231,7 @@ class RunRecipe:
     Attributes:
         root: folder of all runs.
         dir: folder of this run; null is root/name.
-        precision: no (float32), bf16 or fp16 mixed precision.
+        precision: no (float32), bf16 or fp16 mixed precision; fp16 needs a GPU.
         device: cpu forces the CPU; null, the default, takes the GPU if there is one.
         log_every: updates between two log lines.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.

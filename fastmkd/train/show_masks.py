@@ -13,7 +13,7 @@ from .build import Setup
 from .errors import UserError
 from .loading import Loader
 from .mask_pictures import IGNORE
-from .mean_iou import confusion_matrix, mask_scores
+from .mean_iou import confusion_matrix, mask_scores, predicted
 from .sheet import new_figure, save_figure
 from .tasks import task_of
 
@@ -58,7 +58,7 @@ def figure_of_masks(
     Args:
         images: ``(3, H, W)`` uint8 each.
         targets: ``(H, W)`` int64 each; 255 is white.
-        logits: ``(K, H, W)`` each.
+        logits: ``(K, H, W)`` each; where none is finite is white, too.
         classes: their names; those that occur stand in a legend.
     """
     from matplotlib.patches import Patch
@@ -67,7 +67,7 @@ def figure_of_masks(
     axes = figure.subplots(3, len(images), squeeze=False)
     seen: set[int] = set()
     for column, (image, true, said) in enumerate(zip(images, targets, logits, strict=True)):
-        answer = said.argmax(0)
+        answer = predicted(said)
         seen |= {*true.unique().tolist(), *answer.unique().tolist()} - {IGNORE}
         shown = [image, coloured(true, len(classes)), coloured(answer, len(classes))]
         for cell, picture in zip(axes[:, column], shown, strict=True):

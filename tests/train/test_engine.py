@@ -214,6 +214,28 @@ def test_bf16_and_tensorboard(recipes):
     assert next(iter(weights("teacher").values())).dtype == torch.float32
 
 
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_fp16_without_a_gpu_is_refused_before_anything_is_trained(recipes, monkeypatch, of):
+    """Accelerate would train in float32 and the run's folder would say fp16."""
+    key = "--run.precision=fp16" if of == "student" else "--teacher.options={run.precision: fp16}"
+    options = ["--run.device=cpu", key]
+    with pytest.raises(UserError, match=f"run.precision is fp16 and {of} is to be trained on the CPU.*; take bf16"):
+        train(load_recipe("student.yaml", options))
+    assert not Path("runs").exists()
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(UserError, match="on the CPU"):
+        train(load_recipe("teacher.yaml", ["--run.precision=fp16"]))
+
+
+def test_a_run_that_finished_in_fp16_is_good_without_a_gpu(taught):
+    file = Path("runs/teacher/recipe.json")
+    content = json.loads(file.read_text())
+    content["identity"]["run.precision"] = "fp16"  # as if it had been trained on one
+    file.write_text(json.dumps(content))
+    result = train(load_recipe("teacher.yaml", ["--run.device=cpu", "--run.precision=fp16"]))
+    assert result["name"] == "teacher"
+
+
 def test_pipelined_by_recipe(taught):
     """Parts of a batch of 8, two batches to an update, mixed labels; the last weights differ by rounding alone."""
     options = ["--student.kwargs.drop_path_rate=0", "--student.kwargs.proj_drop_rate=0", "--schedule.epochs=1"]

@@ -49,6 +49,15 @@ def test_the_cosine_is_timms_to_the_bit(warmup):
     assert rates(recipe, 0.3, per_epoch) == expected
 
 
+def test_no_rate_is_above_the_one_that_was_asked_for():
+    """Both defaults may be: they are made for training, and a rate of 1e-7 is one for a last touch."""
+    found = rates(ScheduleRecipe(epochs=4, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-5), 1e-7, 5)
+    assert found == [1e-7] * 20
+    found = rates(ScheduleRecipe(epochs=4, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-5), 5e-6, 5)
+    assert found[0] == 1e-6
+    assert found[5:] == pytest.approx([5e-6] * 15)
+
+
 def test_steps_by_hand():
     recipe = ScheduleRecipe(epochs=4, warmup_epochs=0.5, warmup_lr=0.2, milestones=[1, 2.5], gamma=0.5)
     assert rates(recipe, 1.0, 4) == pytest.approx([0.2, 0.6, 1, 1, *[0.5] * 6, *[0.25] * 6], abs=1e-15)

@@ -16,7 +16,7 @@ from fastmkd.train.data import load_data
 from fastmkd.train.errors import UserError
 from fastmkd.train.loading import Loader, epoch_plan, eval_plan
 from fastmkd.train.mask_pictures import CITYSCAPES, IGNORE
-from fastmkd.train.mean_iou import confusion_matrix, evaluate_masks, mask_scores, of_one_size
+from fastmkd.train.mean_iou import confusion_matrix, evaluate_masks, mask_scores, of_one_size, predicted
 from fastmkd.train.schema import AugmentRecipe, DataRecipe
 from fastmkd.train.seeds import seed_all
 from fastmkd.train.tasks import TASKS
@@ -196,16 +196,31 @@ def test_scores_by_hand():
     torch.manual_seed(0)
     logits, targets = torch.randn(2, 4, 5, 6), torch.randint(0, 3, (2, 5, 6))
     targets[0, :2] = IGNORE
-    expected = torch.zeros(4, 4, dtype=torch.int64)
+    expected = torch.zeros(4, 5, dtype=torch.int64)
     for true, said in zip(targets.flatten().tolist(), logits.argmax(1).flatten().tolist(), strict=True):
         if true != IGNORE:
             expected[true, said] += 1
     assert torch.equal(confusion_matrix(logits, targets), expected)
     # 3 of 4 pixels of class 0 and all 5 of class 1 are right; class 2 is said once and never true; class 3 is absent.
-    scores = mask_scores(torch.tensor([[3, 0, 1, 0], [0, 5, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]))
+    scores = mask_scores(torch.tensor([[3, 0, 1, 0, 0], [0, 5, 0, 0, 0], [0] * 5, [0] * 5]))
     assert scores["miou"] == pytest.approx(100 * (3 / 4 + 1 + 0) / 3)
     assert scores["pixel_accuracy"] == pytest.approx(100 * 8 / 9)
-    assert all(math.isnan(score) for score in mask_scores(torch.zeros(3, 3)).values())
+    assert all(math.isnan(score) for score in mask_scores(torch.zeros(3, 4)).values())
+
+
+@pytest.mark.parametrize("broken", ["nan", "inf", "-inf"])
+def test_pixels_without_a_finite_answer_are_wrong(broken):
+    """A network that says NaN everywhere would be right wherever class 0 is: the largest of its logits is the first."""
+    logits, targets = torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 4, dtype=torch.int64)
+    logits[:, 0] = 1
+    logits[..., 0, :] = float(broken)
+    targets[..., 3] = IGNORE
+    assert confusion_matrix(logits, targets).tolist() == [[3, 0, 0, 3], [0] * 4, [0] * 4]
+    scores = mask_scores(confusion_matrix(logits, targets))
+    assert scores == {"miou": 50.0, "pixel_accuracy": 50.0}
+    logits[:] = float(broken)
+    assert mask_scores(confusion_matrix(logits, targets)) == {"miou": 0.0, "pixel_accuracy": 0.0}
+    assert predicted(logits[0]).unique().tolist() == [IGNORE]
 
 
 class RedTells(torch.nn.Module):
