@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import inspect
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..nn import MaskedViT
 from .data import DataSource, load_data
 from .errors import UserError
 from .loading import epoch_plan
+from .method_keys import method_class, settle_updates
 from .models import build_model, load_weights, method_arguments, model_kwargs
 from .optim import build_optimizer
 from .recipe import identity, load_recipe
@@ -158,7 +159,9 @@ def rehearse(recipe: Recipe, source: DataSource) -> None:
             student = build_model(link.student, model_kwargs(link.student, source), "student")
             method = build_method(link, student, teacher, source)
             build_optimizer(link.optim, student, method.heads, 1)
-            epoch_plan(len(source.train), link.data.batch_size, link.seed, 0, group=link.optim.accumulate)
+            group, world = link.optim.accumulate, int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says it
+            plan = epoch_plan(len(source.train), link.data.batch_size, link.seed, 0, world=world, group=group)
+            settle_updates(method, link, link.schedule.epochs * (len(plan) // group))
         source = next_source
 
 
@@ -213,17 +216,6 @@ def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None, 
             "remove ema, or give it to the recipe that fine-tunes."
         )
     return method
-
-
-def method_class(recipe: Recipe) -> type[DistillMethod]:
-    """Returns the class of a recipe's method.
-
-    Args:
-        recipe: names it.
-    """
-    module, _, name = recipe.method.class_path.rpartition(".")
-    kind: type[DistillMethod] = getattr(importlib.import_module(module), name)  # the parser has checked that it is one
-    return kind
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe | None:

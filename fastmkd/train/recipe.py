@@ -10,11 +10,12 @@ import itertools
 import json
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, shorten
+from .method_keys import check_lengths, fill_lengths, left_out_updates
 from .parser_messages import explain
 from .schema import MethodRecipe, Recipe, StoredRecipe
 from .trust import known_code_only, refuse_foreign
@@ -97,6 +98,7 @@ def load_recipe(
     with known_code_only() if stored else contextlib.nullcontext():
         try:
             config = parser.parse_args(argv)
+            given = parser.parse_args(argv, defaults=False)
         except (argparse.ArgumentError, yaml.YAMLError) as error:
             raise UserError(_blame(path, parser) + explain(str(error), parser)) from None
     recipe: Recipe = _from_dict(StoredRecipe if stored else Recipe, config.as_dict())
@@ -105,7 +107,15 @@ def load_recipe(
     if recipe.teacher is not None and recipe.teacher.recipe is not None and path is not None:
         recipe.teacher.recipe = str(Path(path).parent / recipe.teacher.recipe)
     _check(recipe)
+    fill_lengths(recipe, _named(given))
+    if not stored:
+        check_lengths(recipe)
     return recipe
+
+
+def _named(given: Any) -> Collection[str]:
+    """Arguments of the method that what was parsed without defaults names."""
+    return ((given.as_dict().get("method") or {}).get("init_args") or {}).keys()
 
 
 def _blame(path: str | Path | None, parser: ArgumentParser) -> str:
@@ -163,11 +173,13 @@ def recipe_from_dict(values: dict[str, Any]) -> StoredRecipe:
     try:
         with known_code_only():
             config = parser.parse_object(values)
+            given = parser.parse_object(values, defaults=False)
     except argparse.ArgumentError as error:
         raise UserError(f"the recipe of the run is not right: {explain(str(error), parser)}") from None
     recipe: StoredRecipe = _from_dict(StoredRecipe, config.as_dict())
     refuse_foreign(recipe.method.init_args)  # with what jsonargparse has read from files that are named in `values`
     _check(recipe)
+    fill_lengths(recipe, _named(given), stored=True)
     return recipe
 
 
@@ -290,6 +302,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     """
     # Through JSON, so that an identity read back from a run's folder compares equal (a torch.dtype becomes its name).
     flat = json.loads(json.dumps(flatten(dataclasses.asdict(recipe)), default=str))
+    flat |= {f"method.init_args.{name}": "as the run" for name in left_out_updates(recipe)}
     return {key: value for key, value in flat.items() if key == "run.precision" or not key.startswith(NOT_IDENTITY)}
 
 

@@ -24,7 +24,7 @@ SHORT = {
 
 def recipe(**changes):
     method = {f"method.init_args.{name}": 1 for name in ("last_epochs", "decoder_depth")}
-    whole = {**SHORT, "teacher.options": {**SHORT, "schedule.epochs": 1}, **method, "method.init_args.epochs": 2}
+    whole = {**SHORT, "teacher.options": {**SHORT, "schedule.epochs": 1}, **method}
     return load_recipe(RECIPES / "mkd_cnn_fashion_mnist.yaml", changes={**whole, **changes})
 
 
