@@ -109,6 +109,7 @@ def load_recipe(
     _check(recipe)
     fill_lengths(recipe, _named(given))
     if not stored:
+        _check_teacher(recipe)
         check_lengths(recipe)
     return recipe
 
@@ -130,7 +131,7 @@ def _blame(path: str | Path | None, parser: ArgumentParser) -> str:
 
 
 def _check_size(path: Path) -> None:
-    """Refuses a file that is no YAML, or one whose aliases (``*name``) stand for more than a computer holds."""
+    """Refuses a file that is no YAML, says a key twice, or has aliases for more than a computer holds (``*name``)."""
     import yaml
 
     try:
@@ -147,12 +148,28 @@ def _check_size(path: Path) -> None:
 
 
 def _count(node: Any, known: dict[int, float]) -> float:
-    """Values under a node of a YAML file with every alias written out; infinitely many if it contains itself."""
+    """Values under a node of a YAML file with every alias written out; infinitely many if it contains itself.
+
+    Raises:
+        ValueError: a key stands twice in one place.
+    """
     if id(node) not in known:
         known[id(node)] = math.inf
+        _refuse_twins(node)
         parts = [] if isinstance(node.value, str) else node.value  # of a mapping: (key, value) pairs
         known[id(node)] = 1 + sum(_count(part, known) for p in parts for part in (p if isinstance(p, tuple) else (p,)))
     return known[id(node)]
+
+
+def _refuse_twins(node: Any) -> None:
+    """Refuses a mapping that says a key twice, of which YAML would drop the first in silence."""
+    lines: dict[str, int] = {}
+    for key in (part[0] for part in node.value if isinstance(part, tuple)):
+        line = key.start_mark.line + 1
+        if isinstance(key.value, str) and key.value in lines:
+            raise ValueError(f"the key {key.value} stands twice, in lines {lines[key.value]} and {line}; join the two.")
+        if isinstance(key.value, str):
+            lines[key.value] = line
 
 
 def recipe_from_dict(values: dict[str, Any]) -> StoredRecipe:
@@ -261,6 +278,25 @@ def _check(recipe: Recipe) -> None:
     teacher = recipe.teacher
     if teacher is not None and teacher.recipe is None and teacher.name is None:
         raise UserError("teacher has neither recipe nor name; give teacher.recipe (YAML) or teacher.name (timm).")
+
+
+def _check_teacher(recipe: Recipe) -> None:
+    """Refuses keys of the teacher that nothing would read."""
+    teacher = recipe.teacher
+    if teacher is None:
+        return
+    unread = [name for name in ("name", "kwargs", "pretrained") if getattr(teacher, name)]
+    if teacher.recipe is not None and unread:
+        raise UserError(
+            f"teacher.recipe says which network the teacher is, so that teacher.{' and teacher.'.join(unread)} would "
+            "not be read; change that recipe by teacher.options (student.name, student.kwargs), or set teacher.recipe "
+            "to null."
+        )
+    if teacher.recipe is None and teacher.options:
+        raise UserError(
+            f"teacher.options has {shorten(teacher.options)}, but there is no teacher.recipe to change; give one, or "
+            "set teacher.options to {} and say it by teacher.name and teacher.kwargs."
+        )
 
 
 # Keys of a recipe that say where or how fast a run goes, not what comes out of it.

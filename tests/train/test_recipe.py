@@ -88,6 +88,13 @@ def test_teacher_recipe_is_found_beside_the_recipe(tmp_path):
         ("schedule: {epochs: 2, warmup_epochs: 3}", "schedule.warmup_epochs"),
         ("schedule: {epochs: 0}", "schedule.epochs"),
         ("teacher: {kwargs: {depth: 3}}", "teacher.recipe"),
+        (
+            "teacher: {recipe: a.yaml, name: b}",
+            r"teacher\.name would not be read; change that recipe by teacher\.options",
+        ),
+        ("teacher: {recipe: a.yaml, kwargs: {depth: 3}}", r"so that teacher\.kwargs would not be read"),
+        ("teacher: {recipe: a.yaml, name: b, pretrained: true}", r"teacher\.name and teacher\.pretrained would not be"),
+        ("teacher: {name: a, options: {seed: 1}}", r"teacher\.options has seed, but there is no teacher\.recipe"),
         ("name: a/b", "name"),
         ("name: ..", "name"),
     ],
@@ -137,6 +144,26 @@ def test_yaml_runs_no_code(tmp_path):
     with pytest.raises(UserError, match="python/object"):
         load_recipe(write(tmp_path, f"name: !!python/object/apply:os.mkdir ['{victim}']"))
     assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: a\noptim: {lr: 0.1}\nseed: 1\noptim: {name: sgd}", "the key optim stands twice, in lines 2 and 4"),
+        ("student:\n  kwargs: {depth: 3,\n    num_heads: 2,\n    depth: 4}", "depth stands twice, in lines 2 and 4"),
+        ('name: a\n"name": b', "name stands twice, in lines 1 and 2"),
+        ("data: {name: digits, name: digits}", "name stands twice, in lines 1 and 1"),
+        ("augment: {scale: [0.5, 1.0]}\nteacher:\n  options: {a: {b: 1, b: 1}}", "b stands twice, in lines 3 and 3"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path, text, said):
+    with pytest.raises(UserError, match=rf"recipe\.yaml is not right: .*{said}; join the two"):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_key_may_replace_one_that_is_merged_in(tmp_path):
+    text = "optim: &usual {lr: 0.1, accumulate: 3}\nteacher:\n  name: x\n  kwargs: {<<: *usual, lr: 0.2}"
+    assert load_recipe(write(tmp_path, text)).teacher.kwargs == {"lr": 0.2, "accumulate": 3}
 
 
 def test_missing_file_and_unknown_option():
