@@ -1,4 +1,4 @@
-"""What a recipe says of its method: the class, and the arguments that repeat how long the training is.
+"""What a recipe says of its method: the class, which options may change, and arguments that repeat the schedule.
 
 A method that changes at the end of the training is told how long that is (`DistillMethod.lengths`). The schedule knows
 it already: a recipe that leaves such an argument out gets it from there, and one that says otherwise is refused.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from ..methods import DistillMethod
     from .schema import Recipe
 
-__all__ = ["check_lengths", "fill_lengths", "left_out_updates", "method_class", "settle_updates"]
+__all__ = ["check_lengths", "fill_lengths", "left_out_updates", "method_class", "settle_updates", "with_other_method"]
 
 
 def method_class(recipe: Recipe) -> type[DistillMethod]:
@@ -25,9 +26,37 @@ def method_class(recipe: Recipe) -> type[DistillMethod]:
     Args:
         recipe: names it.
     """
-    module, _, name = recipe.method.class_path.rpartition(".")
+    return _class(recipe.method.class_path)
+
+
+def _class(path: str) -> type[DistillMethod]:
+    module, _, name = path.rpartition(".")
     kind: type[DistillMethod] = getattr(importlib.import_module(module), name)  # the parser has checked that it is one
     return kind
+
+
+def with_other_method(path: str | Path, its: str | None, wanted: str | None) -> str | None:
+    """Returns the text of a recipe whose method gives way to another one, with the arguments that were for the old one.
+
+    The two may have arguments of one name that mean different things, such as a weight of another loss.
+
+    Args:
+        path: file of the recipe.
+        its: import path of the method's class in the file; None if it names none.
+        wanted: import path of the class that options name.
+
+    Returns:
+        YAML; None if the file names the wanted class or none.
+    """
+    import yaml
+
+    if its is None or wanted is None or _class(its) is _class(wanted):
+        return None
+    root: Any = yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)
+    key, bare = (yaml.ScalarNode("tag:yaml.org,2002:str", text) for text in ("method", wanted))
+    root.value = [*(pair for pair in root.value if pair[0].value != "method"), (key, bare)]  # it may be merged in
+    text: str = yaml.serialize(root, Dumper=yaml.SafeDumper)
+    return text
 
 
 def fill_lengths(recipe: Recipe, given: Collection[str], stored: bool = False) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, shorten
-from .method_keys import check_lengths, fill_lengths, left_out_updates
+from .method_keys import check_lengths, fill_lengths, left_out_updates, with_other_method
 from .parser_messages import explain
 from .schema import MethodRecipe, Recipe, StoredRecipe
 from .trust import known_code_only, refuse_foreign
@@ -66,7 +66,8 @@ def load_recipe(
 
     Args:
         path: YAML file; None starts from the defaults.
-        options: command-line options such as ``--optim.lr=1e-3``; they win over the file.
+        options: command-line options such as ``--optim.lr=1e-3``; they win over the file. With a method of another
+            class its arguments in the file no longer count.
         changes: the same by dotted key; they win over `options`.
         defaults: by dotted key, for what neither says; in place of those of `Recipe`.
         stored: True if the folder of a run named the file, and so may name no code but fastmkd's.
@@ -97,8 +98,14 @@ def load_recipe(
     parser = recipe_parser(defaults=defaults)
     with known_code_only() if stored else contextlib.nullcontext():
         try:
-            config = parser.parse_args(argv)
             given = parser.parse_args(argv, defaults=False)
+            if path is not None and len(argv) > 1:
+                alone = parser.parse_args(argv[:1], defaults=False)
+                text = with_other_method(path, *(one.get("method.class_path") for one in (alone, given)))
+                if text is not None:
+                    argv[0] = f"--config={text}"
+                    given = parser.parse_args(argv, defaults=False)
+            config = parser.parse_args(argv)
         except (argparse.ArgumentError, yaml.YAMLError) as error:
             raise UserError(_blame(path, parser) + explain(str(error), parser)) from None
     recipe: Recipe = _from_dict(StoredRecipe if stored else Recipe, config.as_dict())
