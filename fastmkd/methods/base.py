@@ -7,7 +7,8 @@ were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -79,6 +80,9 @@ class DistillMethod(nn.Module):
         tasks: what the method can train: classification, detection, segmentation.
         pretrains: whether the student leaves without a classifier that has learnt anything. Such a method needs no
             targets and is judged by its own loss on test pictures.
+        lengths: arguments of the constructor that say how long the training is, with "epochs", "last_epochs" or
+            "updates" for each; a recipe that leaves them out gets them from its schedule. A number of updates, which is
+            known last, is set as the attribute of that name.
 
     Raises:
         TypeError: `student` or `teacher` is not a module.
@@ -92,6 +96,7 @@ class DistillMethod(nn.Module):
 
     tasks: tuple[str, ...] = ("classification",)
     pretrains: bool = False
+    lengths: Mapping[str, Literal["epochs", "last_epochs", "updates"]] = MappingProxyType({})
     student: nn.Module
     teacher: nn.Module | None
     heads: nn.ModuleDict

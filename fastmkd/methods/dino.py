@@ -46,7 +46,8 @@ class MaskedDINO(SelfDistillation):
         teacher_temperature: tau_t.
         center_momentum: share of the old centre that a step keeps.
         momentum: m at the beginning.
-        total_updates: optimizer steps until m reaches 1; None keeps it as it is.
+        total_updates: optimizer steps until m reaches 1; None keeps it as it is. A recipe that leaves it out has as
+            many as its run.
         local_crops: how many local crops an image gets if `forward` cuts them.
         local_size: their side in pixels; None takes 96 / 224 of the image's, rounded to whole patches.
         global_scale: smallest and largest share of the area of a global crop.

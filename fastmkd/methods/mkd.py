@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -68,7 +69,7 @@ class MKD(DenseMethod):
         logits_temperature: tau of CWD's loss.
         inherit: start from the teacher's neck and head, where shapes agree.
         epochs: of the whole training; the last `last_epochs` of them go without teacher. None never does. Needs
-            `set_epoch`.
+            `set_epoch`. A recipe that leaves it out has its schedule's.
         last_epochs: how many.
         last_mask_ratio: share of hidden cells when they begin; it falls to 0 by a cosine.
         backbone: the module to be masked; None takes the usual one.
@@ -96,6 +97,8 @@ class MKD(DenseMethod):
         >>> sorted(out.terms), [level.stride for level in method.levels]
         (['ce', 'feat', 'global'], [32])
     """
+
+    lengths = MappingProxyType({"epochs": "epochs", "last_epochs": "last_epochs"})
 
     def __init__(
         self,

@@ -87,7 +87,8 @@ class MoCoV3(SelfDistillation):
         student: timm VisionTransformer (or a `MaskedViT`); trained in place. A classifier, if it has one, is not used.
         temperature: tau.
         momentum: m at the beginning.
-        total_updates: optimizer steps until m reaches 1; None keeps it as it is.
+        total_updates: optimizer steps until m reaches 1; None keeps it as it is. A recipe that leaves it out has as
+            many as its run.
         hidden: width of the heads' hidden layers.
         out_features: width of queries and keys.
         scale: smallest and largest share of the area of a view, if `forward` cuts them.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -62,7 +63,8 @@ class SelfDistillation(DistillMethod):
     Args:
         student: timm VisionTransformer (or a `MaskedViT`); trained in place. Its classifier is not used.
         momentum: m at the beginning.
-        total_updates: optimizer steps until m reaches 1; None keeps it as it is.
+        total_updates: optimizer steps until m reaches 1; None keeps it as it is. A recipe that leaves it out has as
+            many as its run.
         align: a frozen pre-trained ViT whose layers the student's follow; None for none.
 
     Raises:
@@ -71,6 +73,7 @@ class SelfDistillation(DistillMethod):
     """
 
     pretrains = True
+    lengths = MappingProxyType({"total_updates": "updates"})
     ema: Averages
     updates: Tensor
     _seen: Tensor

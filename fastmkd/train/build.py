@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import inspect
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,9 @@ from ..nn import MaskedViT
 from .data import DataSource, load_data
 from .errors import UserError
 from .loading import epoch_plan
+from .method_keys import method_class, settle_updates
 from .models import build_model, load_weights, method_arguments, model_kwargs
+from .normalisation import Norm, norm_arguments, norm_of_pretrained, pretrained_note, takes_norms
 from .optim import build_optimizer
 from .recipe import identity, load_recipe
 from .rundir import RunDir
@@ -94,23 +96,29 @@ def assemble(recipe: Recipe, train: Callable[[Recipe], Any], weights: str | Path
     """
     source = load_data(recipe.data)
     task_of(source).check(recipe, method_class(recipe).tasks)
-    teacher = None
+    teacher, norm = None, None
     own_identity = identity(recipe)
     if recipe.teacher is not None:
         rehearse(recipe, source)
         found = find_teacher(recipe, train)
         teacher = build_model(found, model_kwargs(found, source), "teacher")
+        norm = _norm_of_run(recipe)
+        if norm is None and takes_norms(method_class(recipe)):
+            norm = norm_of_pretrained(found, teacher)
+        elif norm is None:
+            source.notes += pretrained_note("teacher", found, teacher, source)
         if found.weights is not None:
             own_identity["teacher.weights"] = _digest(found.weights)
     seed_all(recipe.seed, "student")
     kwargs = model_kwargs(recipe.student, source)
     student = build_model(recipe.student, kwargs, "student")
+    source.notes += pretrained_note("student", recipe.student, student, source)
     if recipe.student.backbone is not None:
         own_identity["student.backbone"] = _digest(recipe.student.backbone)
     if weights is not None:
         load_weights(student, weights, "student")
     seed_all(recipe.seed, "method")
-    method = build_method(recipe, student, teacher, source)
+    method = build_method(recipe, student, teacher, source, norm)
     description = {
         "recipe": dataclasses.asdict(recipe),
         "student": {"name": recipe.student.name, "kwargs": kwargs},
@@ -156,9 +164,11 @@ def rehearse(recipe: Recipe, source: DataSource) -> None:
         teacher = build_model(bare, model_kwargs(bare, next_source), "teacher")
         if not _reads_from([link.student.weights, link.student.backbone, link.method.init_args], awaited):
             student = build_model(link.student, model_kwargs(link.student, source), "student")
-            method = build_method(link, student, teacher, source)
+            method = build_method(link, student, teacher, source, Norm(next_source.mean, next_source.std))
             build_optimizer(link.optim, student, method.heads, 1)
-            epoch_plan(len(source.train), link.data.batch_size, link.seed, 0, group=link.optim.accumulate)
+            group, world = link.optim.accumulate, int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says it
+            plan = epoch_plan(len(source.train), link.data.batch_size, link.seed, 0, world=world, group=group)
+            settle_updates(method, link, link.schedule.epochs * (len(plan) // group))
         source = next_source
 
 
@@ -181,7 +191,19 @@ def _digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None, source: DataSource) -> DistillMethod:
+def _norm_of_run(recipe: Recipe) -> Norm | None:
+    """What the teacher's finished run normalised its pictures with; None if the teacher comes from no run."""
+    of_teacher = teacher_recipe(recipe)
+    if of_teacher is None or recipe.teacher is None or recipe.teacher.weights is not None:
+        return None
+    description = RunDir(of_teacher.run_dir).description() or {}
+    data = description.get("data", {})
+    return Norm(data["mean"], data["std"]) if data.get("mean") and data.get("std") else None
+
+
+def build_method(
+    recipe: Recipe, student: nn.Module, teacher: nn.Module | None, source: DataSource, norm: Norm | None = None
+) -> DistillMethod:
     """Makes the method of a recipe around its networks.
 
     Args:
@@ -189,6 +211,7 @@ def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None, 
         student: the network to train.
         teacher: the network to learn from, or None.
         source: the data, for a method that asks for their size or classes and whose recipe is silent.
+        norm: what the teacher's pictures were normalised with, if that is known.
 
     Raises:
         UserError: the method refuses its arguments or the networks, or has no use for the recipe's moving average.
@@ -200,8 +223,10 @@ def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None, 
     for name, value in {"image_size": size, "train_labels": source.train.labels}.items():
         if name in inspect.signature(kind).parameters and arguments.get(name) is None:
             arguments[name] = value
+    networks = method_arguments(kind, student, teacher)
+    arguments |= norm_arguments(kind, arguments, source, norm)
     try:
-        method = kind(**method_arguments(kind, student, teacher), **arguments)
+        method = kind(**networks, **arguments)
     except (TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -213,17 +238,6 @@ def build_method(recipe: Recipe, student: nn.Module, teacher: nn.Module | None, 
             "remove ema, or give it to the recipe that fine-tunes."
         )
     return method
-
-
-def method_class(recipe: Recipe) -> type[DistillMethod]:
-    """Returns the class of a recipe's method.
-
-    Args:
-        recipe: names it.
-    """
-    module, _, name = recipe.method.class_path.rpartition(".")
-    kind: type[DistillMethod] = getattr(importlib.import_module(module), name)  # the parser has checked that it is one
-    return kind
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe | None:

@@ -26,6 +26,7 @@ from .interrupt import Interrupts, RunInterrupted
 from .loading import Batch, Loader, epoch_plan
 from .logs import RunLog, headline
 from .meter import Meter
+from .method_keys import settle_updates
 from .optim import Schedule, build_optimizer
 from .over_training import Snapshots
 from .resuming import bad_pictures, left_out_batches, resume, save
@@ -99,6 +100,7 @@ class Trainer:
         self.images_per_update = recipe.data.batch_size * world * accumulate
         self.updates_per_epoch = len(self.plan(0)) // accumulate
         self.total = recipe.schedule.epochs * self.updates_per_epoch
+        settle_updates(setup.method, recipe, self.total)
         self.step = 0  # updates done
         self.bad: dict[str, str] = {}  # pictures that could not be read before it was resumed
         self.left_out = 0  # batches that the method left out before it was resumed

@@ -10,11 +10,12 @@ import itertools
 import json
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, shorten
+from .method_keys import check_lengths, fill_lengths, left_out_updates, with_other_method
 from .parser_messages import explain
 from .schema import MethodRecipe, Recipe, StoredRecipe
 from .trust import known_code_only, refuse_foreign
@@ -65,7 +66,8 @@ def load_recipe(
 
     Args:
         path: YAML file; None starts from the defaults.
-        options: command-line options such as ``--optim.lr=1e-3``; they win over the file.
+        options: command-line options such as ``--optim.lr=1e-3``; they win over the file. With a method of another
+            class its arguments in the file no longer count.
         changes: the same by dotted key; they win over `options`.
         defaults: by dotted key, for what neither says; in place of those of `Recipe`.
         stored: True if the folder of a run named the file, and so may name no code but fastmkd's.
@@ -96,6 +98,13 @@ def load_recipe(
     parser = recipe_parser(defaults=defaults)
     with known_code_only() if stored else contextlib.nullcontext():
         try:
+            given = parser.parse_args(argv, defaults=False)
+            if path is not None and len(argv) > 1:
+                alone = parser.parse_args(argv[:1], defaults=False)
+                text = with_other_method(path, *(one.get("method.class_path") for one in (alone, given)))
+                if text is not None:
+                    argv[0] = f"--config={text}"
+                    given = parser.parse_args(argv, defaults=False)
             config = parser.parse_args(argv)
         except (argparse.ArgumentError, yaml.YAMLError) as error:
             raise UserError(_blame(path, parser) + explain(str(error), parser)) from None
@@ -105,7 +114,16 @@ def load_recipe(
     if recipe.teacher is not None and recipe.teacher.recipe is not None and path is not None:
         recipe.teacher.recipe = str(Path(path).parent / recipe.teacher.recipe)
     _check(recipe)
+    fill_lengths(recipe, _named(given))
+    if not stored:
+        _check_teacher(recipe)
+        check_lengths(recipe)
     return recipe
+
+
+def _named(given: Any) -> Collection[str]:
+    """Arguments of the method that what was parsed without defaults names."""
+    return ((given.as_dict().get("method") or {}).get("init_args") or {}).keys()
 
 
 def _blame(path: str | Path | None, parser: ArgumentParser) -> str:
@@ -120,7 +138,7 @@ def _blame(path: str | Path | None, parser: ArgumentParser) -> str:
 
 
 def _check_size(path: Path) -> None:
-    """Refuses a file that is no YAML, or one whose aliases (``*name``) stand for more than a computer holds."""
+    """Refuses a file that is no YAML, says a key twice, or has aliases for more than a computer holds (``*name``)."""
     import yaml
 
     try:
@@ -137,12 +155,28 @@ def _check_size(path: Path) -> None:
 
 
 def _count(node: Any, known: dict[int, float]) -> float:
-    """Values under a node of a YAML file with every alias written out; infinitely many if it contains itself."""
+    """Values under a node of a YAML file with every alias written out; infinitely many if it contains itself.
+
+    Raises:
+        ValueError: a key stands twice in one place.
+    """
     if id(node) not in known:
         known[id(node)] = math.inf
+        _refuse_twins(node)
         parts = [] if isinstance(node.value, str) else node.value  # of a mapping: (key, value) pairs
         known[id(node)] = 1 + sum(_count(part, known) for p in parts for part in (p if isinstance(p, tuple) else (p,)))
     return known[id(node)]
+
+
+def _refuse_twins(node: Any) -> None:
+    """Refuses a mapping that says a key twice, of which YAML would drop the first in silence."""
+    lines: dict[str, int] = {}
+    for key in (part[0] for part in node.value if isinstance(part, tuple)):
+        line = key.start_mark.line + 1
+        if isinstance(key.value, str) and key.value in lines:
+            raise ValueError(f"the key {key.value} stands twice, in lines {lines[key.value]} and {line}; join the two.")
+        if isinstance(key.value, str):
+            lines[key.value] = line
 
 
 def recipe_from_dict(values: dict[str, Any]) -> StoredRecipe:
@@ -163,11 +197,13 @@ def recipe_from_dict(values: dict[str, Any]) -> StoredRecipe:
     try:
         with known_code_only():
             config = parser.parse_object(values)
+            given = parser.parse_object(values, defaults=False)
     except argparse.ArgumentError as error:
         raise UserError(f"the recipe of the run is not right: {explain(str(error), parser)}") from None
     recipe: StoredRecipe = _from_dict(StoredRecipe, config.as_dict())
     refuse_foreign(recipe.method.init_args)  # with what jsonargparse has read from files that are named in `values`
     _check(recipe)
+    fill_lengths(recipe, _named(given), stored=True)
     return recipe
 
 
@@ -257,6 +293,25 @@ def _check(recipe: Recipe) -> None:
         raise UserError("teacher has neither recipe nor name; give teacher.recipe (YAML) or teacher.name (timm).")
 
 
+def _check_teacher(recipe: Recipe) -> None:
+    """Refuses keys of the teacher that nothing would read."""
+    teacher = recipe.teacher
+    if teacher is None:
+        return
+    unread = [name for name in ("name", "kwargs", "pretrained") if getattr(teacher, name)]
+    if teacher.recipe is not None and unread:
+        raise UserError(
+            f"teacher.recipe says which network the teacher is, so that teacher.{' and teacher.'.join(unread)} would "
+            "not be read; change that recipe by teacher.options (student.name, student.kwargs), or set teacher.recipe "
+            "to null."
+        )
+    if teacher.recipe is None and teacher.options:
+        raise UserError(
+            f"teacher.options has {shorten(teacher.options)}, but there is no teacher.recipe to change; give one, or "
+            "set teacher.options to {} and say it by teacher.name and teacher.kwargs."
+        )
+
+
 # Keys of a recipe that say where or how fast a run goes, not what comes out of it.
 NOT_IDENTITY = ("run.", "data.root", "data.download", "data.workers", "data.eval_batch_size", "teacher.recipe")
 
@@ -296,6 +351,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     """
     # Through JSON, so that an identity read back from a run's folder compares equal (a torch.dtype becomes its name).
     flat = json.loads(json.dumps(flatten(dataclasses.asdict(recipe)), default=str))
+    flat |= {f"method.init_args.{name}": "as the run" for name in left_out_updates(recipe)}
     return {key: value for key, value in flat.items() if key == "run.precision" or not key.startswith(NOT_IDENTITY)}
 
 

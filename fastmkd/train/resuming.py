@@ -6,6 +6,7 @@ that one; if any cannot, all raise the same sentence. Those that the run does no
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -201,10 +202,12 @@ def _take_up(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if missing:  # PyTorch would leave these as they are
         raise UserError(f"the checkpoint does not fit this recipe: it lacks {shorten(missing)}.")
     options = StateDictOptions(full_state_dict=True)
+    optimizer: Any = trainer.optimizer.optimizer
+    chosen = _hyperparameters(optimizer)
     try:
         set_state_dict(
             trainer.method,
-            trainer.optimizer.optimizer,
+            optimizer,
             model_state_dict=tensors["method"],
             optim_state_dict={**tensors["optimizer"], **rest},
             options=options,
@@ -213,9 +216,28 @@ def _take_up(trainer: Trainer, checkpoint: Checkpoint) -> None:
             set_model_state_dict(trainer.ema.module, tensors["ema"], options=options)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"the checkpoint does not fit this recipe: {error}") from None
+    for group, own in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(own)
     scaler = trainer.accelerator.scaler
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
     trainer.bad, trainer.skips.count = dict(state["bad"]), state.get("skipped", 0)
     trainer.left_out = state.get("left_out", 0)
     trainer.step = checkpoint.step
+
+
+def _hyperparameters(optimizer: Any) -> list[dict[str, Any]]:
+    """What the recipe has decided of each group, which a checkpoint of another recipe must not: rates, decay, betas.
+
+    The rest of a group's keys are what the optimizer keeps there of its own, such as how many steps it has made.
+    """
+    base = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
+    arguments = inspect.signature(type(base)).parameters
+    return [
+        {
+            key: value
+            for key, value in group.items()
+            if key != "params" and (key in arguments or key not in optimizer.defaults)
+        }
+        for group in optimizer.param_groups
+    ]

@@ -34,7 +34,8 @@ MKD = """
 teacher: {recipe: teacher.yaml}
 method:
   class_path: fastmkd.MKD
-  init_args: {mask_ratio: 0.25, mask_patch: 16, sam: 16, decoder_depth: 1, decoder_width: 8, decoder_heads: 2}
+  init_args: {mask_ratio: 0.25, mask_patch: 16, sam: 16, decoder_depth: 1, decoder_width: 8, decoder_heads: 2,
+    epochs: null}
 """
 STUDY = """
 recipe: student.yaml

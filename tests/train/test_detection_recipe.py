@@ -164,7 +164,7 @@ def test_mkd_by_the_recipes_of_the_made_set(tmp_path, monkeypatch):
         "run.save_every": 1,
     }  # fmt: skip
     teacher = {**short, "schedule.epochs": 1}
-    method = {"teacher.options": teacher, "method.init_args.epochs": 2, "method.init_args.last_epochs": 1}
+    method = {"teacher.options": teacher, "method.init_args.last_epochs": 1}
     path = RECIPES / "mkd_scenes.yaml"
     train(load_recipe(path, changes={**short, **method, "name": "whole"}))
     crash_once(monkeypatch, "again", step=3)

@@ -205,7 +205,7 @@ def test_on_dino_and_moco_v3(dmae, capsys, name, term):
              "run.tensorboard": False, "run.panels": 0}  # fmt: skip
     path = Path(__file__).parents[2] / f"recipes/{name}.yaml"
     options = {**load_recipe(path).teacher.options, **short, "student.kwargs.depth": 4}
-    changes = {**short, "method.init_args.total_updates": 2, "method.init_args.hidden": 16}
+    changes = {**short, "method.init_args.hidden": 16}
     result = train(load_recipe(path, changes={**changes, "teacher.options": options}))
     assert {"loss", term, "align"} <= result.keys()
     assert len(column(dmae / f"runs/{name}", "train.align")) == 1  # logged at the end of the epoch

@@ -40,7 +40,7 @@ data: {name: digits, batch_size: 16, limit: 64, eval_batch_size: 360, image_size
 student: {kwargs: {patch_size: 4, embed_dim: 12, depth: 1, num_heads: 3, dynamic_img_size: true, num_classes: 12}}
 method:
   class_path: fastmkd.methods.MaskedDINO
-  init_args: {out_features: 16, hidden: 16, bottleneck: 8, local_crops: 2, total_updates: 4}
+  init_args: {out_features: 16, hidden: 16, bottleneck: 8, local_crops: 2}
 schedule: {epochs: 1, warmup_epochs: 0}
 augment: {crop: pad, pad: 1, mixup: 0.3, random_erasing: 0.5}
 run: {tensorboard: false}

@@ -44,6 +44,50 @@ def test_method_by_name_or_path_and_its_arguments_as_options(tmp_path, text):
     assert not {"student", "teacher"} & set(recipe.method.init_args)
 
 
+WEIGHTED = (
+    "name: w\nmethod: {class_path: fastmkd.MaskedKD, init_args: {weight: 7.0, keep_ratio: 0.3}}\noptim: {lr: 1e-2}"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (["--method=FeatureKD"], {"weight": None, "base": "kd"}),
+        (["--method=FeatureKD", "--method.base=fitnet"], {"weight": None, "base": "fitnet"}),
+        (["--method.weight=2", "--method=FeatureKD"], {"weight": 2.0}),
+        (["--method={class_path: FeatureKD, init_args: {weight: 3}}", "--optim.name=sgd"], {"weight": 3.0}),
+        (["--method=MaskedKD"], {"weight": 7.0, "keep_ratio": 0.3}),
+        (["--method=fastmkd.methods.maskedkd.MaskedKD"], {"weight": 7.0, "keep_ratio": 0.3}),
+        (["--method.keep_ratio=0.4"], {"weight": 7.0, "keep_ratio": 0.4}),
+        (["--optim.name=sgd"], {"weight": 7.0, "keep_ratio": 0.3}),
+    ],
+)
+def test_a_method_of_another_class_begins_with_its_own_defaults(tmp_path, options, kept):
+    path = write(tmp_path, WEIGHTED)
+    recipe = load_recipe(path, options)
+    assert {name: recipe.method.init_args[name] for name in kept} == kept
+    assert (recipe.name, recipe.optim.lr) == ("w", 0.01)
+    assert ("keep_ratio" in recipe.method.init_args) is (recipe.method.class_path.endswith("MaskedKD"))
+    changes = {"method": "FeatureKD", "method.init_args.temperature": 2}
+    changed = load_recipe(path, changes=changes)
+    assert changed.method.init_args == load_recipe(changes=changes).method.init_args
+
+
+def test_so_it_does_where_the_old_one_is_merged_in(tmp_path):
+    text = "student: &all\n  kwargs: {method: {class_path: fastmkd.MaskedKD, init_args: {weight: 7.0}}}\n"
+    path = write(tmp_path, text.replace("&all\n  kwargs: {", "\n  kwargs: &all {") + "<<: *all\n")
+    assert load_recipe(path).method.init_args["weight"] == 7.0
+    assert load_recipe(path, ["--method=FeatureKD"]).method.init_args["weight"] is None
+
+
+def test_a_mistake_in_a_recipe_whose_method_gives_way_is_still_blamed_on_it(tmp_path):
+    path = write(tmp_path, f"{WEIGHTED}\nrun: {{precision: fp8}}")
+    with pytest.raises(UserError, match=r"recipe\.yaml is not right: run\.precision is fp8"):
+        load_recipe(path, ["--method=FeatureKD"])
+    with pytest.raises(UserError, match=r"^method\.init_args\.layers is 3"):
+        load_recipe(write(tmp_path, WEIGHTED), ["--method=FeatureKD", "--method.layers=3"])
+
+
 @pytest.mark.parametrize("path", ["fastmkd.MaskedKD", "fastmkd.DPK", "fastmkd.methods.FeatureKD"])
 @pytest.mark.parametrize("value", [True, False, "max-autotune"])
 def test_how_the_teacher_is_compiled_is_a_key(tmp_path, path, value):
@@ -88,6 +132,13 @@ def test_teacher_recipe_is_found_beside_the_recipe(tmp_path):
         ("schedule: {epochs: 2, warmup_epochs: 3}", "schedule.warmup_epochs"),
         ("schedule: {epochs: 0}", "schedule.epochs"),
         ("teacher: {kwargs: {depth: 3}}", "teacher.recipe"),
+        (
+            "teacher: {recipe: a.yaml, name: b}",
+            r"teacher\.name would not be read; change that recipe by teacher\.options",
+        ),
+        ("teacher: {recipe: a.yaml, kwargs: {depth: 3}}", r"so that teacher\.kwargs would not be read"),
+        ("teacher: {recipe: a.yaml, name: b, pretrained: true}", r"teacher\.name and teacher\.pretrained would not be"),
+        ("teacher: {name: a, options: {seed: 1}}", r"teacher\.options has seed, but there is no teacher\.recipe"),
         ("name: a/b", "name"),
         ("name: ..", "name"),
     ],
@@ -137,6 +188,26 @@ def test_yaml_runs_no_code(tmp_path):
     with pytest.raises(UserError, match="python/object"):
         load_recipe(write(tmp_path, f"name: !!python/object/apply:os.mkdir ['{victim}']"))
     assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: a\noptim: {lr: 0.1}\nseed: 1\noptim: {name: sgd}", "the key optim stands twice, in lines 2 and 4"),
+        ("student:\n  kwargs: {depth: 3,\n    num_heads: 2,\n    depth: 4}", "depth stands twice, in lines 2 and 4"),
+        ('name: a\n"name": b', "name stands twice, in lines 1 and 2"),
+        ("data: {name: digits, name: digits}", "name stands twice, in lines 1 and 1"),
+        ("augment: {scale: [0.5, 1.0]}\nteacher:\n  options: {a: {b: 1, b: 1}}", "b stands twice, in lines 3 and 3"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path, text, said):
+    with pytest.raises(UserError, match=rf"recipe\.yaml is not right: .*{said}; join the two"):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_key_may_replace_one_that_is_merged_in(tmp_path):
+    text = "optim: &usual {lr: 0.1, accumulate: 3}\nteacher:\n  name: x\n  kwargs: {<<: *usual, lr: 0.2}"
+    assert load_recipe(write(tmp_path, text)).teacher.kwargs == {"lr": 0.2, "accumulate": 3}
 
 
 def test_missing_file_and_unknown_option():

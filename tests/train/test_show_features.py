@@ -53,7 +53,8 @@ student: {{name: {name}, kwargs: {json.dumps(kwargs)}}}
 teacher: {{name: {name}, kwargs: {json.dumps(kwargs)}, weights: teacher.safetensors}}
 method:
   class_path: fastmkd.MKD
-  init_args: {{mask_ratio: 0.25, mask_patch: 16, sam: 16, decoder_depth: 1, decoder_width: 16, decoder_heads: 2}}
+  init_args: {{mask_ratio: 0.25, mask_patch: 16, sam: 16, decoder_depth: 1, decoder_width: 16, decoder_heads: 2,
+    epochs: null}}
 optim: {{lr: 0.01}}
 schedule: {{epochs: 1, warmup_epochs: 0}}
 run: {{tensorboard: false}}

@@ -159,7 +159,7 @@ data: {name: digits, batch_size: 16, limit: 64, eval_batch_size: 360, image_size
 student: {kwargs: {patch_size: 4, embed_dim: 12, depth: 1, num_heads: 3, dynamic_img_size: true}}
 method:
   class_path: fastmkd.methods.MaskedDINO
-  init_args: {out_features: 16, hidden: 16, bottleneck: 8, local_crops: 2, total_updates: 4}
+  init_args: {out_features: 16, hidden: 16, bottleneck: 8, local_crops: 2}
 schedule: {epochs: 1, warmup_epochs: 0}
 run: {tensorboard: false}
 """
