@@ -51,8 +51,8 @@ class BackendUnavailableError(RuntimeError):
 def backend(name: str) -> Iterator[None]:
     """Runs every op inside the ``with`` block on one backend.
 
-    An op that does not have the backend at all (``cuda`` exists for few ops) is chosen as in ``"auto"``. What ran inside
-    takes the same backend in its backward pass, wherever that runs; compiled code does so on a CPU only.
+    An op that does not have the backend at all (``cuda`` exists for few ops) is chosen as in ``"auto"``. What ran
+    inside takes the same backend in its backward pass, wherever that runs; compiled code does so on a CPU only.
 
     Args:
         name: ``"auto"`` (the default elsewhere), ``"eager"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
