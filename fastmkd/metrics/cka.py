@@ -231,7 +231,8 @@ def _both_grams(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[Tensor, Ten
                     "(n, ...) over the same images."
                 )
     gram_x = _grams(xs)
-    return gram_x, gram_x if ys is xs else _grams(ys).to(gram_x.device)
+    same = not torch.compiler.is_compiling() and ys is xs  # PyTorch 2.11 compiles no `is` of lists
+    return gram_x, gram_x if same else _grams(ys).to(gram_x.device)
 
 
 def _grams(layers: Sequence[Tensor]) -> Tensor:

@@ -112,6 +112,7 @@ def _refuse_unsaved(recipe: OptimRecipe, device: torch.device) -> None:
     info = _info(recipe)
     if info is not None and info.second_order:
         raise UserError(f"optim.name {recipe.name!r} needs second derivatives, which are not made here; take adamw.")
+    device = torch.device("cpu") if device.type == "meta" else device  # networks without memory take no step
     tried = nn.ParameterDict({"weight": torch.ones(2, 2, device=device)})
     optimizer = _make(recipe, [{"params": list(tried.parameters())}], 0.1)
     tried["weight"].grad = torch.ones_like(tried["weight"])
