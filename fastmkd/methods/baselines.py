@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dpk_stage import resize
-from .losses import logit_kd, squared_error
+from .losses import logit_kd, squared_error, wide
 
 __all__ = [
     "Answers",
@@ -183,7 +183,7 @@ class AttentionTransfer(Baseline):
         Args:
             features: a map.
         """
-        return F.normalize(_wide(features).square().mean(1).flatten(1))
+        return F.normalize(wide(features).square().mean(1).flatten(1))
 
     def loss(self, heads: nn.ModuleDict, student: Answers, teacher: Answers, step: Step) -> Tensor:
         """Returns the sum over stages.
@@ -248,7 +248,7 @@ class DecoupledKD(Baseline):
         targets, temperature = step.targets, step.temperature
         if targets.dim() != 1:
             raise ValueError("targets are soft labels, but base 'dkd' needs the true class; switch mixing off.")
-        s, t = _wide(student.logits) / temperature, _wide(teacher.logits) / temperature
+        s, t = wide(student.logits) / temperature, wide(teacher.logits) / temperature
         true = torch.arange(s.shape[1], device=s.device) == targets[:, None]  # (B, K)
         target_loss = (_divergence(_binary(s, targets, true), _binary(t, targets, true))).mean() * temperature**2
         # A finite number instead of minus infinity: its probability is 0 as well, and no gradient is NaN.
@@ -365,7 +365,7 @@ def context_error(x: Tensor, y: Tensor) -> Tensor:
         >>> context_error(torch.ones(1, 2, 8, 8), torch.zeros(1, 2, 8, 8))
         tensor(1.)
     """
-    x, y = _wide(x), _wide(y)
+    x, y = wide(x), wide(y)
     weight, total, error = 1.0, 1.0, squared_error(x, y)
     for parts in (4, 2, 1):
         if parts < x.shape[2]:
@@ -390,7 +390,3 @@ def _binary(logits: Tensor, targets: Tensor, true: Tensor) -> Tensor:
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """``KL(teacher || student)`` of log-probabilities ``(B, K)``, for each image."""
     return (teacher.exp() * (teacher - student)).sum(1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -6,14 +6,13 @@ import abc
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from .dense_method import LevelShape
 from .dpk_stage import resize
 
 __all__ = [
-    "DenseBase", "DenseStep", "adapt_level", "adapted_levels", "adapters", "head_at", "one_width", "wide",
+    "DenseBase", "DenseStep", "adapt_level", "adapted_levels", "adapters", "head_at", "one_width",
 ]  # fmt: skip
 
 
@@ -145,12 +144,3 @@ def one_width(levels: Sequence[LevelShape]) -> tuple[int, int]:
     if len(widths) > 1:
         raise ValueError("the levels differ in width, but FGD is for a pyramid, whose levels are equally wide.")
     return widths.pop()
-
-
-def wide(x: Tensor) -> Tensor:
-    """Returns a tensor in float32, float64 as it is.
-
-    Args:
-        x: any floating point.
-    """
-    return x if x.dtype == torch.float64 else x.float()

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.masks import cell_scores
-from .dense_base import DenseBase, DenseStep, adapt_level, adapted_levels, adapters, head_at, one_width, wide
+from .dense_base import DenseBase, DenseStep, adapt_level, adapted_levels, adapters, head_at, one_width
 from .dense_method import LevelShape
 from .dpk_ratio import RatioRule
 from .fgd import FGDImitation, attention_weights
-from .losses import squared_error
+from .losses import squared_error, wide
 from .mkd_losses import Relation, channel_logit_loss
 
 __all__ = ["CWD", "DPKFGD", "FGD", "MGD", "DenseBase", "DenseStep", "Hint"]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cross_entropy", "logit_kd", "squared_error"]
+__all__ = ["cross_entropy", "logit_kd", "squared_error", "wide"]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
             raise ValueError(
                 f"targets has shape {tuple(targets.shape)}; soft labels need that of the logits, {tuple(logits.shape)}."
             )
-        targets = targets.to(_wide(logits).dtype)
+        targets = targets.to(wide(logits).dtype)
     elif targets.dtype != torch.int64:
         raise TypeError(f"targets has dtype {targets.dtype}; expected int64 classes or floating-point soft labels.")
     elif targets.shape != logits.shape[:1]:
@@ -48,7 +48,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         low, high = targets.min().item(), targets.max().item()
         if low < 0 or high >= logits.shape[1]:
             raise ValueError(f"targets holds classes {low} to {high}; the logits have 0 to {logits.shape[1] - 1}.")
-    return F.cross_entropy(_wide(logits), targets)
+    return F.cross_entropy(wide(logits), targets)
 
 
 def logit_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -78,8 +78,8 @@ def logit_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float 
             f"student_logits has shape {tuple(student_logits.shape)} but teacher_logits {tuple(teacher_logits.shape)}; "
             "student and teacher must tell apart the same classes."
         )
-    student = F.log_softmax(_wide(student_logits) / temperature, dim=1)
-    teacher = F.log_softmax(_wide(teacher_logits.detach()) / temperature, dim=1)
+    student = F.log_softmax(wide(student_logits) / temperature, dim=1)
+    teacher = F.log_softmax(wide(teacher_logits.detach()) / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
@@ -112,5 +112,14 @@ def _check_logits(name: str, logits: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(logits.shape)}; a batch needs at least one image.")
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """Returns a tensor in float32, float64 as it is.
+
+    Args:
+        x: any floating point.
+
+    Example:
+        >>> wide(torch.zeros(1, dtype=torch.bfloat16)).dtype, wide(torch.zeros(1).double()).dtype
+        (torch.float32, torch.float64)
+    """
     return x if x.dtype == torch.float64 else x.float()
